@@ -1,0 +1,89 @@
+# `make` lists the targets. Everything installs into .venv/ on first use; nothing else has to be there but Python.
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+KEY := $(shell cat setup.py constraints.txt | cksum | cut -d' ' -f1)
+INSTALLED := $(VENV)/.installed-$(KEY)
+QUALITY_INSTALLED := $(VENV)/.quality-$(KEY)
+SOURCES := src tests examples $(wildcard benchmarks) setup.py
+
+OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_EVALUATE_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 \
+	TOKENIZERS_PARALLELISM=false
+PYTEST := $(OFFLINE) OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest tests
+
+.DEFAULT_GOAL := help
+.PHONY: help install assets demo test test-fast test-slow test-gpu test-floor bench quality style build clean
+
+help:  ## list the targets
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+install: $(INSTALLED)  ## create .venv/ and install the package for development
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found: install Python 3.10 or newer, or name one with 'make PYTHON=...'."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "$(PYTHON) is older than 3.10: name a newer one with 'make PYTHON=...'."; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "$(PYTHON) cannot create $(VENV): on Debian and Ubuntu install python3-venv."; exit 1; }
+
+$(INSTALLED): | $(BIN)/python
+	@echo "Installing into $(VENV)/ (once; a few minutes)"
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@rm -f $(VENV)/.installed-*
+	@touch $@
+
+$(QUALITY_INSTALLED): $(INSTALLED)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[quality]'
+	@rm -f $(VENV)/.quality-*
+	@touch $@
+
+assets: $(INSTALLED)  ## fetch the pretrained model of the demo into a cache outside the checkout
+	@$(BIN)/python examples/pretrained.py
+
+demo: assets  ## fine-tune a pretrained language model with MoLE, reload it, plot its experts
+	@$(OFFLINE) $(BIN)/python examples/mole/demo.py
+
+test: assets  ## every test that needs no GPU
+	@$(PYTEST) -m "not gpu" -n $(WORKERS) $(PYTEST_ARGS)
+
+test-fast: $(INSTALLED)  ## the tests that take no more than a few seconds each
+	@$(PYTEST) -m "not gpu and not slow" -n $(WORKERS) $(PYTEST_ARGS)
+
+test-slow: assets  ## only the slow tests
+	@$(PYTEST) -m "slow and not gpu" -n $(WORKERS) $(PYTEST_ARGS)
+
+test-gpu: assets  ## the tests that need a CUDA device
+	@$(PYTEST) -m gpu $(PYTEST_ARGS)
+
+test-floor:  ## the fast tests on the oldest supported versions, in .venv-floor/
+	@$(MAKE) --no-print-directory .venv-floor/.installed-$(KEY)
+	@$(MAKE) --no-print-directory test-fast VENV=.venv-floor PYTEST_ARGS="$(PYTEST_ARGS)"
+
+.venv-floor/.installed-$(KEY): setup.py
+	@$(PYTHON) -m venv .venv-floor
+	@.venv-floor/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]' $$($(PYTHON) tests/floors.py)
+	@rm -f .venv-floor/.installed-*
+	@touch $@
+
+bench: $(INSTALLED)  ## compare the kernel backends with plain LoRA and write the table
+	@$(OFFLINE) $(BIN)/python -m benchmarks
+
+quality: $(QUALITY_INSTALLED)  ## lint, format check and types
+	@$(BIN)/ruff check $(SOURCES)
+	@$(BIN)/ruff format --check $(SOURCES)
+	@$(BIN)/mypy
+
+style: $(QUALITY_INSTALLED)  ## fix what the linter and the formatter can
+	@$(BIN)/ruff check --fix $(SOURCES)
+	@$(BIN)/ruff format $(SOURCES)
+
+build: $(INSTALLED)  ## the wheel, in dist/
+	@$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	@ls dist
+
+clean:  ## remove caches and build products; keeps .venv/ and the downloaded models
+	@rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	@find src tests examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,573 @@
+"""Measures what `MoLEConfig` should default to: gates, top-k, balance, router initialisation and learning rate.
+
+    OMP_NUM_THREADS=1 python benchmarks/mole_defaults.py --minutes 55
+
+A small Llama is pretrained in the run on the bare texts of four real instruction domains, frozen, and fine-tuned on their
+mix with every arm: plain LoRA at the same active rank and with the same parameters, one LoRA per domain, and variants of
+MoLE. Each arm chooses its learning rate on validation rows with seed 0, then all seeds are scored on test rows. Results go
+to `benchmarks/results/mole_defaults.json` after every run, so an interrupted or shortened measurement is still readable;
+`--report` prints the tables of a finished file. What the numbers mean is in `MOLE_DEFAULTS.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import platform
+import random
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peft
+import tokenizers
+import torch
+import transformers
+from mole_defaults_report import print_report
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import peft_moe
+from peft_moe import MoLEConfig
+from peft_moe.recording import ForwardPass, get_recorder
+
+
+DATA = Path(__file__).parent.parent / "examples" / "data" / "domains"
+RESULTS = Path(__file__).parent / "results"
+DOMAINS = ("commonsense_qa", "boolq", "mmlu_clinical", "truthful_qa")
+NUM_EXPERTS, RANK = 4, 4
+END, PAD = "<|end|>", "<|pad|>"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What one measurement costs."""
+
+    vocab: int = 2048
+    hidden: int = 64
+    intermediate: int = 192
+    layers: int = 3
+    heads: int = 4
+    max_length: int = 88
+    pretrain_steps: int = 2000
+    pretrain_batch: int = 16
+    steps: int = 150
+    rows_per_domain_and_step: int = 4
+    validation_rows: int = 64
+    test_rows: int = 150
+    learning_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
+    seeds: int = 5
+
+
+QUICK = Sizes(vocab=512, hidden=32, intermediate=64, layers=2, pretrain_steps=20, steps=5, validation_rows=8, test_rows=8,
+              learning_rates=(1e-2,), seeds=3)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to fine-tune. `settings` go to `MoLEConfig`; with one expert that is LoRA."""
+
+    name: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    router_lr_factor: float = 1.0
+    is_oracle: bool = False
+    is_core: bool = False
+    active_rank: int = RANK
+
+    def config(self) -> MoLEConfig:
+        """Scaled by alpha / r = 2 in every arm, experts on the three linears of each MLP, attention untouched."""
+        chosen: dict[str, Any] = {
+            "num_experts": NUM_EXPERTS,
+            "r": RANK,
+            "router_aux_loss_coef": 0.01,
+            "router_aux_loss_type": "switch",
+            "kernel_backend": "auto" if self.settings.get("num_experts") == 1 else "dense",
+            **self.settings,
+        }
+        return MoLEConfig(
+            **chosen, lora_alpha=2 * chosen["r"], lora_dropout=0.0, lora_target_modules=None, task_type="CAUSAL_LM"
+        )
+
+
+def lora(rank: int, **more: Any) -> Arm:
+    """Plain LoRA on the linears that MoLE adapts."""
+    return Arm(f"lora r{rank}", {"num_experts": 1, "r": rank}, active_rank=rank, is_core=True, **more)
+
+
+def mole(name: str, gate: str, *, k: int = 1, factor: float = 1.0, is_core: bool = False, **settings: Any) -> Arm:
+    """Four experts of rank 4."""
+    return Arm(name, {"gate_scale": gate, "top_k": k, **settings}, factor, is_core=is_core, active_rank=k * RANK)
+
+
+ST = "straight_through"
+ARMS = (
+    lora(RANK),
+    lora(2 * RANK),
+    lora(NUM_EXPERTS * RANK),
+    Arm("oracle: lora r4 per domain", {"num_experts": 1}, is_oracle=True, is_core=True),
+    mole("top-1 none", "none", is_core=True),
+    mole("top-1 st", ST, is_core=True),
+    mole("top-1 prob", "prob", is_core=True),
+    mole("top-2 st", ST, k=2, is_core=True),
+    mole("top-2 prob", "prob", k=2, is_core=True),
+    Arm("soft", {"soft": True, "router_aux_loss_coef": 0.0}, is_core=True, active_rank=NUM_EXPERTS * RANK),
+    mole("top-1 none, balance 0", "none", router_aux_loss_coef=0.0),
+    mole("top-1 st, balance 0", ST, router_aux_loss_coef=0.0),
+    mole("top-1 st, balance 0.001", ST, router_aux_loss_coef=0.001),
+    mole("top-1 st, balance 0.1", ST, router_aux_loss_coef=0.1),
+    mole("top-2 prob, balance 0", "prob", k=2, router_aux_loss_coef=0.0),
+    mole("top-2 prob, balance 0.1", "prob", k=2, router_aux_loss_coef=0.1),
+    mole("top-1 st, init 0", ST, router_init_std=0.0),
+    mole("top-1 st, init 0.02", ST, router_init_std=0.02),
+    mole("top-1 st, router lr x10", ST, factor=10.0),
+    mole("top-2 prob, router lr x10", "prob", k=2, factor=10.0),
+    Arm("soft, router lr x10", {"soft": True, "router_aux_loss_coef": 0.0}, 10.0, active_rank=NUM_EXPERTS * RANK),
+    mole("top-1 st, mole-form balance", ST, router_aux_loss_type="mole"),
+    mole("top-1 prob, balance 0", "prob", router_aux_loss_coef=0.0),
+    mole("top-1 prob, router lr x10", "prob", factor=10.0),
+)
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+Row = tuple[list[int], int]  # token ids, how many of them are the prompt
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The rows of each domain, split once for all arms and seeds."""
+
+    train: dict[str, list[dict[str, str]]]
+    validation: dict[str, list[dict[str, str]]]
+    test: dict[str, list[dict[str, str]]]
+
+
+def read_domains(folder: Path, sizes: Sizes) -> Texts:
+    """Rows with the same instruction stay on one side of the split."""
+    texts = Texts({}, {}, {})
+    for domain in DOMAINS:
+        rows = [json.loads(line) for line in (folder / f"{domain}.jsonl").read_text(encoding="utf-8").splitlines()]
+        instructions = sorted({row["instruction"] for row in rows})
+        random.Random(0).shuffle(instructions)
+        unique = {row["instruction"]: row for row in rows}
+        held_back = sizes.test_rows + sizes.validation_rows
+        texts.test[domain] = [unique[text] for text in instructions[: sizes.test_rows]]
+        texts.validation[domain] = [unique[text] for text in instructions[sizes.test_rows : held_back]]
+        train = set(instructions[held_back:])
+        texts.train[domain] = [row for row in rows if row["instruction"] in train]
+    return texts
+
+
+def train_tokenizer(texts: Texts, vocab: int) -> tokenizers.Tokenizer:
+    """Byte-level BPE, learnt on the training rows."""
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    lines = [part for rows in texts.train.values() for row in rows for part in row.values()]
+    tokenizer.train_from_iterator(lines, vocab_size=vocab, special_tokens=[PAD, END], show_progress=False)
+    return tokenizer
+
+
+def pretraining_documents(texts: Texts) -> list[list[str]]:
+    """Questions, passages and options without their headers, and answers without their questions."""
+    documents = []
+    for domain in DOMAINS:
+        for row in texts.train[domain]:
+            documents.append(row["instruction"].split("\n")[1:])
+            documents.append([row["answer"]])
+    return documents
+
+
+def encode(row: dict[str, str], tokenizer: tokenizers.Tokenizer, max_length: int) -> Row:
+    """A prompt that is too long loses the middle: its header, and its end with the question, stay."""
+    header, body = row["instruction"].split("\n", 1)
+    answer = tokenizer.encode(" " + row["answer"]).ids[: max_length // 2] + [tokenizer.token_to_id(END)]
+    first = tokenizer.encode(header + "\n").ids
+    rest = tokenizer.encode(body + "\nAnswer:").ids
+    room = max_length - len(first) - len(answer)
+    prompt = first + rest[-room:]
+    return prompt + answer, len(prompt)
+
+
+def collate(rows: list[Row]) -> dict[str, Any]:
+    """Padded on the left, so that all answers end together and logits are only computed there."""
+    longest = max(len(ids) for ids, _ in rows)
+    keep = 1 + max(len(ids) - prompt for ids, prompt in rows)
+    input_ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros_like(input_ids)
+    labels = torch.full((len(rows), keep), -100)
+    for index, (ids, prompt) in enumerate(rows):
+        input_ids[index, -len(ids) :] = torch.tensor(ids)
+        mask[index, -len(ids) :] = 1
+        labels[index, prompt - len(ids) :] = torch.tensor(ids[prompt:])
+    return {"input_ids": input_ids, "attention_mask": mask, "labels": labels, "logits_to_keep": keep}
+
+
+class Batches:
+    """Endless batches with the same number of rows of each domain; the order depends on the seed alone."""
+
+    def __init__(self, rows: dict[str, list[Row]], rows_per_domain: int, seed: int) -> None:
+        self.rows, self.rows_per_domain = rows, rows_per_domain
+        self.random = {domain: random.Random(f"{seed} {domain}") for domain in rows}
+        self.queues: dict[str, list[Row]] = {domain: [] for domain in rows}
+
+    def next(self) -> dict[str, Any]:
+        """One batch."""
+        return collate([self._draw(domain) for domain in self.rows for _ in range(self.rows_per_domain)])
+
+    def _draw(self, domain: str) -> Row:
+        if not self.queues[domain]:
+            self.queues[domain] = list(self.rows[domain])
+            self.random[domain].shuffle(self.queues[domain])
+        return self.queues[domain].pop()
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def learning_rate_factor(step: int, steps: int) -> float:
+    """Linear warm-up over a tenth, then linear to zero."""
+    warm_up = max(1, steps // 10)
+    return min((step + 1) / warm_up, (steps - step) / (steps - warm_up + 1))
+
+
+def pretrain(texts: Texts, tokenizer: tokenizers.Tokenizer, sizes: Sizes) -> LlamaForCausalLM:
+    """Language modelling of bare texts; half of the documents repeat one of their lines, so that copying is learnt."""
+    torch.manual_seed(0)
+    draw = random.Random(0)
+    config = LlamaConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=sizes.hidden,
+        intermediate_size=sizes.intermediate,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.heads,
+        max_position_embeddings=sizes.max_length,
+        tie_word_embeddings=True,
+        use_cache=False,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
+    model = LlamaForCausalLM(config)
+    documents = pretraining_documents(texts)
+    newline = tokenizer.encode("\n").ids
+    encoded = [[tokenizer.encode(line).ids for line in document] for document in documents]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
+    stream: list[int] = []
+    losses = []
+    for step in range(sizes.pretrain_steps):
+        while len(stream) < sizes.pretrain_batch * sizes.max_length:
+            lines = draw.choice(encoded)
+            lines = lines + draw.choices(lines, k=2) if draw.random() < 0.5 else lines
+            stream += [token for line in lines for token in [*line, *newline]] + [tokenizer.token_to_id(END)]
+        size = sizes.pretrain_batch * sizes.max_length
+        batch, stream = torch.tensor(stream[:size]).view(sizes.pretrain_batch, -1), stream[size:]
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * learning_rate_factor(step, sizes.pretrain_steps)
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if step % 200 == 199:
+            say(f"pretraining step {step + 1}: loss {sum(losses[-100:]) / len(losses[-100:]):.3f}")
+    return model.eval()
+
+
+def build(base: LlamaForCausalLM, arm: Arm, seed: int) -> peft.PeftModel:
+    """A fresh copy of the base model with the adapter of an arm."""
+    torch.manual_seed(seed)
+    return get_peft_model(copy.deepcopy(base), arm.config())
+
+
+def fine_tune(model: peft.PeftModel, batches: Batches, *, steps: int, lr: float, router_lr_factor: float) -> float:
+    """AdamW without weight decay. Returns the mean loss of the last tenth."""
+    routers = [p for name, p in model.named_parameters() if p.requires_grad and "router" in name]
+    experts = [p for name, p in model.named_parameters() if p.requires_grad and "router" not in name]
+    groups = [{"params": experts, "factor": 1.0}, {"params": routers, "factor": router_lr_factor}]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, weight_decay=0.0)
+    model.train()
+    losses = []
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["factor"] * learning_rate_factor(step, steps)
+        loss = model(**batches.next()).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(experts, 1.0)
+        if routers and routers[0].grad is not None:
+            nn.utils.clip_grad_norm_(routers, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    tail = losses[-max(1, steps // 10) :]
+    return sum(tail) / len(tail)
+
+
+# ---------------------------------------------------------------------------------------------------------- evaluation
+
+
+@torch.no_grad()
+def answer_nll(model: nn.Module, rows: list[Row]) -> float:
+    """Mean over answer tokens, in nats."""
+    model.eval()
+    summed, count = 0.0, 0
+    in_order = sorted(rows, key=lambda row: len(row[0]))
+    for start in range(0, len(in_order), 50):
+        batch = collate(in_order[start : start + 50])
+        labels = batch.pop("labels")[:, 1:]
+        logits = model(**batch).logits[:, :-1]
+        nll = nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="sum")
+        summed, count = summed + nll.item(), count + int(labels.ne(-100).sum())
+    return summed / count
+
+
+class ExpertCounts:
+    """How often each router sent tokens of a domain to each expert: `counts[router]` is `(domains, E)`.
+
+    A soft mixture uses every expert for every token; for it the probabilities are added up instead.
+    """
+
+    def __init__(self, *, is_soft: bool) -> None:
+        self.domain, self.is_soft = 0, is_soft
+        self.counts: dict[str, torch.Tensor] = {}
+
+    def __call__(self, forward_pass: ForwardPass) -> None:
+        """A listener of the recorder."""
+        for name, entry in forward_pass.records["default"].items():
+            amount = entry.probability_sums if self.is_soft else entry.expert_counts
+            table = self.counts.setdefault(name, torch.zeros(len(DOMAINS), amount.shape[-1], dtype=torch.float64))
+            table[self.domain] += amount.sum(dim=0).double()
+
+
+def specialisation(counts: dict[str, torch.Tensor]) -> dict[str, list[float]]:
+    """Mutual information of expert and domain (each domain weighs the same) and entropy of the load, bits per router."""
+    information, entropies = [], []
+    for table in counts.values():
+        given = table / table.sum(dim=1, keepdim=True)
+        load = given.mean(dim=0)
+        entropies.append(entropy(load))
+        information.append(max(0.0, entropy(load) - sum(entropy(row) for row in given) / len(given)))
+    return {"mutual_information_bits": information, "load_entropy_bits": entropies}
+
+
+def entropy(distribution: torch.Tensor) -> float:
+    """In bits."""
+    return float(-(distribution * distribution.clamp(min=1e-12).log2()).sum())
+
+
+def score(model: nn.Module, sides: dict[str, dict[str, list[Row]]], *, is_soft: bool = False) -> dict[str, Any]:
+    """Answer NLL of each domain on each side of the split, and what the routers do on the test rows."""
+    found: dict[str, Any] = {
+        "validation": {domain: answer_nll(model, rows) for domain, rows in sides["validation"].items()}
+    }
+    recorder, counts = get_recorder(model), ExpertCounts(is_soft=is_soft)
+    if recorder is not None:
+        recorder.listeners.append(counts)
+    found["test"] = {}
+    for domain, rows in sides["test"].items():
+        counts.domain = DOMAINS.index(domain)
+        found["test"][domain] = answer_nll(model, rows)
+    if counts.counts:
+        found["routing"] = specialisation(counts.counts)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------- runs
+
+
+@dataclass
+class Bench:
+    """What all runs share, and the file that they end up in."""
+
+    base: LlamaForCausalLM
+    train: dict[str, list[Row]]
+    sides: dict[str, dict[str, list[Row]]]
+    sizes: Sizes
+    result: dict[str, Any]
+    path: Path
+    deadline: float
+
+    def run(self, arm: Arm, lr: float, seed: int) -> dict[str, Any] | None:
+        """One fine-tuning, or the one that was already done; `None` when time is up."""
+        for done in self.result["runs"]:
+            if (done["arm"], done["lr"], done["seed"]) == (arm.name, lr, seed):
+                return done
+        typical = max((run["seconds"] for run in self.result["runs"][-20:]), default=0.0)
+        if time.monotonic() + typical > self.deadline:
+            return None
+        start = time.monotonic()
+        try:
+            found = self._oracle(arm, lr, seed) if arm.is_oracle else self._mixed(arm, lr, seed)
+        except FloatingPointError:
+            found = {"diverged": True}
+        run = {"arm": arm.name, "lr": lr, "seed": seed, "seconds": round(time.monotonic() - start, 1), **found}
+        self.result["runs"].append(run)
+        self.path.write_text(json.dumps(self.result, indent=1))
+        say(f"{arm.name:<30} lr {lr:<6g} seed {seed} {run['seconds']:>6.1f} s  validation {macro(run, 'validation'):.4f}")
+        return run
+
+    def _mixed(self, arm: Arm, lr: float, seed: int) -> dict[str, Any]:
+        model = build(self.base, arm, seed)
+        batches = Batches(self.train, self.sizes.rows_per_domain_and_step, seed)
+        loss = fine_tune(model, batches, steps=self.sizes.steps, lr=lr, router_lr_factor=arm.router_lr_factor)
+        is_soft = bool(arm.settings.get("soft"))
+        return {"train_loss": loss, **score(model, self.sides, is_soft=is_soft)}
+
+    def _oracle(self, arm: Arm, lr: float, seed: int) -> dict[str, Any]:
+        found: dict[str, Any] = {"validation": {}, "test": {}}
+        for domain in DOMAINS:
+            model = build(self.base, arm, seed)
+            batches = Batches({domain: self.train[domain]}, self.sizes.rows_per_domain_and_step, seed)
+            fine_tune(model, batches, steps=self.sizes.steps, lr=lr, router_lr_factor=1.0)
+            one = score(model, {side: {domain: rows[domain]} for side, rows in self.sides.items()})
+            for side in ("validation", "test"):
+                found[side] |= one[side]
+        return found
+
+    def best_lr(self, arm: Arm) -> float | None:
+        """By validation NLL of seed 0; the grid of a core arm grows once if its best value is at an edge."""
+        grid = list(self.sizes.learning_rates)
+        runs = [self.run(arm, lr, 0) for lr in grid]
+        if any(run is None for run in runs):
+            return None
+        scores = {lr: macro(run, "validation") for lr, run in zip(grid, runs)}
+        best = min(scores, key=scores.__getitem__)
+        if arm.is_core and len(grid) > 1 and best in (grid[0], grid[-1]):
+            beyond = round(best * best / (grid[1] if best == grid[0] else grid[-2]), 6)
+            if (run := self.run(arm, beyond, 0)) is not None:
+                scores[beyond] = macro(run, "validation")
+        return min(scores, key=scores.__getitem__)
+
+
+def macro(run: dict[str, Any] | None, side: str) -> float:
+    """Mean over domains; infinite where the run diverged."""
+    if run is None or side not in run:
+        return math.inf
+    value = sum(run[side].values()) / len(run[side])
+    return value if math.isfinite(value) else math.inf
+
+
+def measure(bench: Bench, arms: tuple[Arm, ...]) -> None:
+    """Three seeds of each arm, in their order, before more seeds of any."""
+    for seeds in (range(min(3, bench.sizes.seeds)), range(bench.sizes.seeds)):
+        for arm in arms:
+            lr = bench.result["best_lr"].get(arm.name) or bench.best_lr(arm)
+            if lr is None:
+                return
+            bench.result["best_lr"][arm.name] = lr
+            if any(bench.run(arm, lr, seed) is None for seed in seeds):
+                return
+
+
+def compare_with_peft(base: LlamaForCausalLM, rows: list[Row]) -> dict[str, float]:
+    """Largest differences between `MoLEConfig(num_experts=1)` and peft's `LoraConfig`, given the same weights."""
+    ours = build(base, Arm("lora", {"num_experts": 1, "init_lora_weights": False}), 0)
+    names = ["gate_proj", "up_proj", "down_proj"]
+    theirs = get_peft_model(
+        copy.deepcopy(base), LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=names, task_type="CAUSAL_LM")
+    )
+    parameters = dict(theirs.named_parameters())
+    pairs = []
+    for name, parameter in ours.named_parameters():
+        if parameter.requires_grad:
+            twin = parameters[name.replace("mole_", "lora_")]
+            is_a = ".mole_A." in name
+            twin.data.copy_(parameter.data[0] if is_a else parameter.data[0].T)
+            pairs.append((parameter, twin, is_a))
+    batch = collate(rows)
+    results = [model(**batch) for model in (ours, theirs)]
+    for result in results:
+        result.loss.backward()
+    differences = [
+        float(((a.grad[0] if is_a else a.grad[0].T) - b.grad).abs().max() / b.grad.abs().max()) for a, b, is_a in pairs
+    ]
+    return {
+        "adapted_linears": len(pairs) // 2,
+        "max_logit_difference": float((results[0].logits - results[1].logits).abs().max()),
+        "max_relative_gradient_difference": max(differences),
+    }
+
+
+def say(text: str) -> None:
+    """Progress, to the terminal."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def processor() -> str:
+    """The name of the CPU, without the host's."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def main() -> None:
+    """Pretrains, measures, writes and prints."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, default=DATA, help="folder of <domain>.jsonl")
+    parser.add_argument("--minutes", type=float, default=55, help="stop starting runs after this long")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, only to see that it works")
+    parser.add_argument("--out", type=Path, help="result file")
+    parser.add_argument("--report", action="store_true", help="only print the tables of the result file")
+    arguments = parser.parse_args()
+    name = "mole_defaults_quick.json" if arguments.quick else "mole_defaults.json"
+    path = arguments.out or RESULTS / name
+    if arguments.report:
+        print_report(json.loads(path.read_text()))
+        return
+    start = time.monotonic()
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    sizes = QUICK if arguments.quick else Sizes()
+    texts = read_domains(arguments.data, sizes)
+    tokenizer = train_tokenizer(texts, sizes.vocab)
+    base = pretrain(texts, tokenizer, sizes)
+    rows = {
+        side: {domain: [encode(row, tokenizer, sizes.max_length) for row in found[domain]] for domain in DOMAINS}
+        for side, found in (("train", texts.train), ("validation", texts.validation), ("test", texts.test))
+    }
+    sides = {side: rows[side] for side in ("validation", "test")}
+    parameters = {
+        arm.name: sum(p.numel() for p in build(base, arm, 0).parameters() if p.requires_grad) for arm in ARMS
+    }
+    result: dict[str, Any] = {
+        "command": " ".join(["python benchmarks/mole_defaults.py", *map(str, sys.argv[1:])]),
+        "hardware": f"CPU only, 1 thread, {processor()}",
+        "versions": {
+            "python": platform.python_version(),
+            **{module.__name__: module.__version__ for module in (torch, transformers, peft, tokenizers, peft_moe)},
+        },
+        "sizes": sizes.__dict__,
+        "rows": {side: {domain: len(found[domain]) for domain in DOMAINS} for side, found in rows.items()},
+        "base_parameters": sum(p.numel() for p in base.parameters()),
+        "pretraining_seconds": round(time.monotonic() - start),
+        "same_as_peft_lora": compare_with_peft(base, rows["train"]["boolq"][:4]),
+        "base": score(base, sides),
+        "arms": {
+            arm.name: {
+                "settings": arm.settings,
+                "router_lr_factor": arm.router_lr_factor,
+                "is_oracle": arm.is_oracle,
+                "is_core": arm.is_core,
+                "active_rank": arm.active_rank,
+                "trainable_parameters": parameters[arm.name] * (len(DOMAINS) if arm.is_oracle else 1),
+            }
+            for arm in ARMS
+        },
+        "best_lr": {},
+        "runs": [],
+    }
+    say(f"pretrained in {result['pretraining_seconds']} s; MoLE with one expert against peft: {result['same_as_peft_lora']}")
+    path.parent.mkdir(exist_ok=True)
+    bench = Bench(base, rows["train"], sides, sizes, result, path, start + 60 * arguments.minutes)
+    measure(bench, ARMS)
+    print_report(result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,9 @@
+"""Mixtures of experts for Hugging Face: importing this package registers its tuners with PEFT."""
+
+from ._version import __version__
+from .aux_loss import get_aux_loss, set_aux_loss_scale
+from .optimization import router_parameter_groups
+from .tuners import MoLEConfig, MoLEModel
+
+
+__all__ = ["MoLEConfig", "MoLEModel", "__version__", "get_aux_loss", "router_parameter_groups", "set_aux_loss_scale"]

@@ -1,0 +1,424 @@
+"""Brings the auxiliary loss of the routers into backward under any training loop, without touching the loss itself.
+
+An auxiliary loss that is added to `outputs.loss` is lost wherever the trainer builds its own loss. So its gradient is
+*injected*: [`inject_aux_loss`] passes the experts' input through unchanged and, in backward, hands the router logits the
+gradient of the auxiliary loss, times the weight that the objective gives to this forward pass. That weight is read from
+the gradient that arrives at the model's output:
+
+| what the objective is built from | weight of the pass |
+|---|---|
+| `outputs.loss`, a mean over the batch | gradient of `outputs.loss` |
+| `outputs.loss`, a sum over labels divided by `num_items_in_batch` | the same · label tokens / `num_items_in_batch` |
+| `outputs.log_probs` (trl), a sum of negative log-likelihoods | minus the sum of their gradient |
+| `outputs.logits`, with `num_items_in_batch` given to the model | label tokens / `num_items_in_batch` · processes |
+| anything else | 1, or what [`set_aux_loss_scale`] says |
+
+Hence the weights of the micro-batches of one optimizer step add up to that of the task loss, gradient scalers and
+data parallelism included, and logged losses stay those of the task.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_leaves
+
+from .losses import RoutingStatistics, load_balancing_loss, router_z_loss, routing_statistics
+from .recording import ForwardPass, RoutingRecorder, get_recorder
+
+
+AuxLossFunction = Callable[[list[RoutingStatistics]], torch.Tensor]
+
+
+def weighted_aux_loss(
+    statistics: list[RoutingStatistics], *, loss_type: str, aux_loss_coef: float, z_loss_coef: float
+) -> torch.Tensor:
+    """`aux_loss_coef` · load balancing + `z_loss_coef` · z-loss of one adapter: a scalar, float32."""
+    loss = statistics[0].probability_sums.new_zeros(())
+    if aux_loss_coef:
+        loss = loss + aux_loss_coef * load_balancing_loss(statistics, loss_type=loss_type)
+    if z_loss_coef:
+        loss = loss + z_loss_coef * router_z_loss(statistics)
+    return loss
+
+
+class AuxLoss:
+    """The auxiliary losses of the adapters of one base model; an output hook of its [`RoutingRecorder`].
+
+    Args:
+        recorder (`RoutingRecorder`): where routers leave their statistics.
+        shifts_labels (`bool`): whether the model's loss predicts label i + 1 at position i, as in causal language
+            models, so that the first label of a row does not count.
+    """
+
+    def __init__(self, recorder: RoutingRecorder, *, shifts_labels: bool) -> None:
+        self.functions: dict[str, AuxLossFunction] = {}
+        self.default_scale: float | torch.Tensor | None = None
+        self.shifts_labels = shifts_labels
+        recorder.output_hooks.append(self)
+
+    def __call__(self, recorder: RoutingRecorder, forward_pass: ForwardPass, output: Any) -> Any:
+        """Arrange that backward learns the weight of this pass; under `torch.compile`, add to the loss instead."""
+        if not forward_pass.has_gradient or not (forward_pass.records.keys() & self.functions.keys()):
+            return output
+        weight = _PassWeight(
+            label_share=self._label_share(forward_pass),
+            label_mask=output.get("label_mask") if isinstance(output, dict) else None,
+            num_items=forward_pass.inputs.get("num_items_in_batch"),
+            stated=self.default_scale,
+        )
+        if torch.compiler.is_compiling():
+            return self._attach(recorder, forward_pass, output, weight)
+        for name, tensor in _differentiable_outputs(output):
+            tensor.register_hook(_UpstreamGradient(name, recorder, forward_pass, weight))
+        return output
+
+    def inject(
+        self,
+        hidden_states: torch.Tensor,
+        router_logits: torch.Tensor,
+        top_k_index: torch.Tensor,
+        *,
+        recorder: RoutingRecorder,
+        adapter_name: str,
+        router_name: str,
+        shape: torch.Size,
+        is_decoder: bool = False,
+    ) -> torch.Tensor:
+        """Return `hidden_states` `(T, D)` unchanged, so that backward through it reaches `router_logits` `(T, E)`.
+
+        Does nothing where no auxiliary loss is wanted, no gradient flows, or the routers run outside any call of the
+        base model. The remaining arguments are those of [`RoutingRecorder.record`].
+        """
+        forward_pass = recorder.find_pass()
+        if (
+            adapter_name not in self.functions
+            or forward_pass is None
+            or not router_logits.requires_grad
+            or torch.compiler.is_compiling()
+        ):
+            return hidden_states
+        record_name = forward_pass.record_name(adapter_name, router_name)
+        if record_name is None:
+            return hidden_states
+        mask = forward_pass.token_mask(shape, is_decoder=is_decoder, router_logits=router_logits)
+        source = _GradientSource(self.functions[adapter_name], forward_pass, adapter_name, record_name)
+        return _InjectAuxLoss.apply(hidden_states, router_logits, top_k_index, mask, source)  # type: ignore[no-any-return]
+
+    def total(self, statistics: dict[str, dict[str, RoutingStatistics]]) -> torch.Tensor | None:
+        """Sum of the weighted auxiliary losses over adapters, a scalar, or `None` if no adapter has one."""
+        losses = [
+            self.functions[name](list(by_router.values()))
+            for name, by_router in statistics.items()
+            if name in self.functions
+        ]
+        return torch.stack(losses).sum() if losses else None
+
+    def _label_share(self, forward_pass: ForwardPass) -> torch.Tensor | float:
+        num_items = forward_pass.inputs.get("num_items_in_batch")
+        labels = forward_pass.inputs.get("shift_labels")
+        if labels is None:
+            labels = forward_pass.inputs.get("labels")
+            if isinstance(labels, torch.Tensor) and self.shifts_labels:
+                labels = labels[..., 1:]
+        if num_items is None or not isinstance(labels, torch.Tensor):
+            return 1.0
+        return labels.ne(-100).sum() / num_items
+
+    def _attach(self, recorder: RoutingRecorder, forward_pass: ForwardPass, output: Any, weight: _PassWeight) -> Any:
+        """What a compiled graph can hold instead of hooks: the auxiliary loss hangs on one of the outputs."""
+        total = self.total(recorder.live_statistics())
+        outputs = dict(_differentiable_outputs(output))
+        name = next((name for name in ("log_probs", "loss", "logits", *outputs) if name in outputs), None)
+        if total is None or name is None:
+            return output
+        forward_pass.aux_loss.is_claimed = True
+        attached = _AttachAuxLoss.apply(outputs[name], total, name, weight)
+        if isinstance(output, dict):
+            output[name] = attached
+            return output
+        if isinstance(output, tuple):
+            return tuple(attached if value is outputs[name] else value for value in output)
+        return attached
+
+
+class _GradientSource:
+    """Knows the gradient of one adapter's auxiliary loss with respect to the statistics of one router."""
+
+    def __init__(
+        self, function: AuxLossFunction, forward_pass: ForwardPass, adapter_name: str, router_name: str
+    ) -> None:
+        self.function = function
+        self.forward_pass = forward_pass
+        self.adapter_name = adapter_name
+        self.router_name = router_name
+
+    @property
+    def is_silent(self) -> bool:
+        return self.forward_pass.aux_loss.is_claimed
+
+    def scaled(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradients for `probability_sums` `(B, E)` and `squared_logsumexp_sums` `(B,)`, times the pass's weight."""
+        state = self.forward_pass.aux_loss
+        if self.adapter_name not in state.gradients:
+            state.gradients[self.adapter_name] = self._differentiate()
+        scale = 1.0 if state.scale is None else state.scale
+        if isinstance(scale, torch.Tensor):
+            scale = scale.to(device)
+        gradient = state.gradients[self.adapter_name][self.router_name]
+        return gradient.probability_sums * scale, gradient.squared_logsumexp_sums * scale
+
+    def _differentiate(self) -> dict[str, RoutingStatistics]:
+        records = self.forward_pass.records[self.adapter_name]
+        leaves = {
+            name: RoutingStatistics(
+                entry.expert_counts,
+                entry.probability_sums.detach().requires_grad_(),
+                entry.squared_logsumexp_sums.detach().requires_grad_(),
+                entry.num_tokens,
+            )
+            for name, entry in records.items()
+        }
+        inputs = [t for entry in leaves.values() for t in (entry.probability_sums, entry.squared_logsumexp_sums)]
+        with torch.enable_grad():
+            gradients = torch.autograd.grad(
+                self.function(list(leaves.values())), inputs, allow_unused=True, materialize_grads=True
+            )
+        pairs = zip(gradients[::2], gradients[1::2], strict=True)
+        return {
+            name: RoutingStatistics(entry.expert_counts, probability, squared_logsumexp, entry.num_tokens)
+            for (name, entry), (probability, squared_logsumexp) in zip(leaves.items(), pairs, strict=True)
+        }
+
+
+class _InjectAuxLoss(torch.autograd.Function):
+    """Identity on the hidden states; in backward, a gradient for the router logits."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        hidden_states: torch.Tensor,
+        router_logits: torch.Tensor,
+        top_k_index: torch.Tensor,
+        token_mask: torch.Tensor,
+        source: _GradientSource,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(router_logits, top_k_index)
+        ctx.token_mask = token_mask
+        ctx.source = source
+        return hidden_states.view_as(hidden_states)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        router_logits, top_k_index = ctx.saved_tensors
+        if ctx.source.is_silent:
+            return gradient, torch.zeros_like(router_logits), None, None, None
+        upstream = ctx.source.scaled(router_logits.device)
+        with torch.enable_grad():
+            leaf = router_logits.detach().requires_grad_()
+            statistics = routing_statistics(leaf, top_k_index, ctx.token_mask)
+            outputs = (statistics.probability_sums, statistics.squared_logsumexp_sums)
+            (router_gradient,) = torch.autograd.grad(outputs, leaf, upstream)
+        return gradient, router_gradient, None, None, None
+
+
+class _PassWeight:
+    """How much a forward pass weighs in the objective, given the gradient of one of its outputs: the table on top."""
+
+    def __init__(
+        self,
+        *,
+        label_share: torch.Tensor | float,
+        label_mask: torch.Tensor | None,
+        num_items: torch.Tensor | float | None,
+        stated: torch.Tensor | float | None,
+    ) -> None:
+        self.label_share = label_share
+        self.label_mask = label_mask
+        self.num_items = num_items
+        self.stated = stated
+
+    def of(self, name: str, gradient: torch.Tensor) -> torch.Tensor | float:
+        """`name` is that of the output, `gradient` has its shape."""
+        if name == "loss":
+            return gradient.sum() * self.label_share
+        if self.stated is not None:
+            return self.stated
+        if name == "log_probs":
+            return _scale_of_negative_log_likelihood(gradient, self.label_mask)
+        if name == "logits" and self.num_items is not None:
+            num_processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+            return gradient.ne(0).any(dim=-1).sum() * num_processes / self.num_items
+        return 1.0
+
+
+class _UpstreamGradient:
+    """Tensor hook on one output of the base model: tells the pass that its backward began, and how much it weighs.
+
+    Refers to the recorder weakly: the graph must not keep alive what keeps the graph alive.
+    """
+
+    def __init__(
+        self, name: str, recorder: RoutingRecorder, forward_pass: ForwardPass, weight: _PassWeight
+    ) -> None:
+        self.name = name
+        self.recorder = weakref.ref(recorder)
+        self.forward_pass = forward_pass
+        self.weight = weight
+
+    def __call__(self, gradient: torch.Tensor) -> None:
+        recorder = self.recorder()
+        if recorder is not None:
+            recorder.in_backward = self.forward_pass
+            recorder.live = {}
+        state = self.forward_pass.aux_loss
+        if self.name == "loss" or state.scale is None:
+            state.scale = self.weight.of(self.name, gradient)
+
+
+class _AttachAuxLoss(torch.autograd.Function):
+    """Identity on an output of the model; in backward, the weight of the pass becomes the auxiliary loss's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, aux_loss: torch.Tensor, name: str, weight: _PassWeight) -> torch.Tensor:  # type: ignore[override]
+        ctx.name, ctx.weight = name, weight
+        return output.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        weight = torch.as_tensor(ctx.weight.of(ctx.name, gradient), dtype=torch.float32, device=gradient.device)
+        return gradient, weight, None, None
+
+
+def _scale_of_negative_log_likelihood(gradient: torch.Tensor, label_mask: torch.Tensor | None) -> torch.Tensor:
+    """-Σ of the gradient over the labels if it is the same negative number everywhere, 0 without labels, else 1.
+
+    Args:
+        gradient (`torch.Tensor` of shape `(B, S)`): gradient of the log-probability of each label.
+        label_mask (`torch.Tensor` of the same shape, *optional*): where there is a label; elsewhere the gradient means
+            nothing.
+    """
+    is_label = gradient.ne(0) if label_mask is None else label_mask & gradient.ne(0)
+    smallest = torch.where(is_label, gradient, torch.inf).min()
+    largest = torch.where(is_label, gradient, -torch.inf).max()
+    is_likelihood = (smallest == largest) & (smallest < 0)
+    scale = torch.where(is_likelihood, -(gradient * is_label).sum(), 1.0)
+    return torch.where(is_label.any(), scale, 0.0)
+
+
+def _differentiable_outputs(output: Any) -> list[tuple[str, torch.Tensor]]:
+    """Name and tensor of everything in a model's output that a loss can be built from.
+
+    The output is a `ModelOutput` or dict, a tuple whose first entry, if a scalar, is the loss, or a tensor.
+    """
+    if isinstance(output, dict):
+        fields = list(output.items())
+    elif isinstance(output, torch.Tensor):
+        fields = [("", output)]
+    elif isinstance(output, tuple):
+        fields = [(str(position), value) for position, value in enumerate(output)]
+    else:
+        fields = list(vars(output).items()) if hasattr(output, "__dict__") else []
+    found = [
+        (name, leaf)
+        for name, value in fields
+        if name != "past_key_values"
+        for leaf in tree_leaves(value)
+        if isinstance(leaf, torch.Tensor) and leaf.requires_grad
+    ]
+    if found and found[0][0] in ("", "0") and found[0][1].dim() == 0:
+        found[0] = ("loss", found[0][1])
+    return found
+
+
+def install_aux_loss(base_model: nn.Module, recorder: RoutingRecorder) -> AuxLoss:
+    """Return the [`AuxLoss`] that listens to `recorder`, adding a new one if there is none."""
+    for hook in recorder.output_hooks:
+        if isinstance(hook, AuxLoss):
+            return hook
+    return AuxLoss(recorder, shifts_labels=_shifts_labels(base_model))
+
+
+def _shifts_labels(base_model: nn.Module) -> bool:
+    """The rule by which transformers' `Trainer` counts `num_items_in_batch`."""
+    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+    loss_type = getattr(base_model, "loss_type", None)
+    is_encoder_decoder = getattr(getattr(base_model, "config", None), "is_encoder_decoder", False)
+    return LOSS_MAPPING.get(loss_type) is ForCausalLMLoss and not is_encoder_decoder
+
+
+def _find_aux_loss(model: nn.Module) -> tuple[RoutingRecorder, AuxLoss]:
+    recorder = get_recorder(model)
+    for hook in recorder.output_hooks if recorder is not None else ():
+        if isinstance(hook, AuxLoss):
+            assert recorder is not None
+            return recorder, hook
+    raise ValueError(
+        f"{type(model).__name__} has no router of peft_moe. Wrap it first, for example by "
+        "`get_peft_model(model, MoLEConfig(...))`."
+    )
+
+
+def get_aux_loss(model: nn.Module) -> torch.Tensor:
+    """The weighted auxiliary loss of the last forward pass, for training loops that want to add it themselves.
+
+    Returns a scalar, 0 where every coefficient is 0.
+
+    With gradients enabled the result is differentiable and the automatic injection of this pass is switched off, so
+    that nothing counts twice: add it to your loss. Under `torch.no_grad()` it is a plain number to log.
+
+    Example:
+
+    ```py
+    >>> loss = my_loss(model(**batch).logits, batch["labels"]) + get_aux_loss(model)
+    >>> loss.backward()
+    ```
+
+    Raises:
+        ValueError: `model` has no router of ours.
+        RuntimeError: there was no forward pass in training mode, or its routers have no graph (reentrant gradient
+            checkpointing), or its backward has begun already.
+    """
+    recorder, aux_loss = _find_aux_loss(model)
+    if not aux_loss.functions:
+        return torch.zeros(())
+    forward_pass = recorder.latest
+    if forward_pass is None:
+        raise RuntimeError(
+            "There is no auxiliary loss yet: no forward pass in training mode with gradients enabled has been run. "
+            "Call `model.train()` and `model(...)` first."
+        )
+    if not torch.is_grad_enabled():
+        total = aux_loss.total(forward_pass.records)
+        return torch.zeros(()) if total is None else total.detach()
+    total = aux_loss.total(recorder.live_statistics())
+    if total is None:
+        raise RuntimeError(
+            "The auxiliary loss of the last forward pass has no graph: either its backward has begun already, or "
+            "reentrant gradient checkpointing ran the routers without one. Call get_aux_loss between forward and "
+            'backward, and use gradient_checkpointing_kwargs={"use_reentrant": False}; or leave the auxiliary loss to '
+            "the automatic injection, which acts in every case."
+        )
+    forward_pass.aux_loss.is_claimed = True
+    return total
+
+
+def set_aux_loss_scale(model: nn.Module, scale: float | torch.Tensor | None) -> None:
+    """State the weight of each forward pass for losses that are built outside the model, where it cannot be read off.
+
+    Args:
+        model (`nn.Module`): a model with routers of ours.
+        scale (`float`, 0-d `torch.Tensor` or `None`): what the objective multiplies the mean loss of one forward pass
+            with, for example `1 / gradient_accumulation_steps`, or the scale of a gradient scaler (a tensor is read
+            in each forward pass). `None` goes back to the rules at the top of this module. Objectives built from
+            `outputs.loss` are not affected: their weight is always known.
+    """
+    _find_aux_loss(model)[1].default_scale = scale

@@ -1,0 +1,293 @@
+"""`RoutingRecorder`: the one side channel, from the routers of a model to its auxiliary loss and its expert load.
+
+A *forward pass* begins when the base model is called and ends when that call returns. Routers that run in between add
+one record each. Whatever runs outside is a recomputation by gradient checkpointing (or a direct call of a submodule)
+and records nothing, so counts are exact; it only looks up the pass that it belongs to.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .losses import RoutingStatistics, routing_statistics
+from .routing import RouterOutput
+
+
+OutputHook = Callable[["RoutingRecorder", "ForwardPass", Any], Any]
+
+_INPUT_NAMES = (
+    "attention_mask",
+    "decoder_attention_mask",
+    "input_ids",
+    "labels",
+    "shift_labels",
+    "num_items_in_batch",
+)
+
+
+class AuxLossState:
+    """What `aux_loss.py` knows about a pass: how much its loss weighs, and the gradient that this gives."""
+
+    def __init__(self) -> None:
+        self.scale: torch.Tensor | float | None = None
+        """gradient of the objective with respect to the mean loss of this pass; known once backward has begun"""
+        self.is_claimed = False
+        """whether the auxiliary loss reaches backward by another way than injection"""
+        self.gradients: dict[str, dict[str, RoutingStatistics]] = {}
+        """gradient of the auxiliary loss with respect to the statistics of each router, filled once"""
+
+
+@dataclass(frozen=True)
+class Route:
+    """Where one router sent its tokens.
+
+    Args:
+        top_k_index (`torch.Tensor` of shape `(T, K)`, int64)
+        token_mask (`torch.Tensor` of shape `(B, S)`, `B · S = T`): 0 for padding.
+    """
+
+    top_k_index: torch.Tensor
+    token_mask: torch.Tensor
+
+
+class ForwardPass:
+    """What one call of the base model left behind: its inputs that matter here, and one record per router.
+
+    Holds no tensor with a graph, so that the graph may hold it. Dictionaries go adapter name → router name → value.
+
+    Args:
+        inputs (`dict[str, Any]`): arguments of the call, by name.
+        has_gradient (`bool`): whether gradients were enabled when it began.
+    """
+
+    def __init__(self, inputs: dict[str, Any], *, has_gradient: bool) -> None:
+        self.inputs = inputs
+        self.has_gradient = has_gradient
+        self.is_open = True
+        self.records: dict[str, dict[str, RoutingStatistics]] = {}
+        self.routes: dict[str, dict[str, Route]] = {}
+        """kept only while somebody listens, and until they have been told"""
+        self.aux_loss = AuxLossState()
+        self.num_recomputed: dict[tuple[str, str], int] = {}
+
+    def token_mask(self, shape: torch.Size, *, is_decoder: bool, router_logits: torch.Tensor) -> torch.Tensor:
+        """Which of the tokens behind `router_logits` `(T, E)` count: shape `(B, S)`, 0 for padding.
+
+        A padding mask that covers the key-value cache too is cut to the last S positions. One of any other shape
+        belongs to other tokens (those of an encoder, or image patches), and then every token counts.
+
+        Args:
+            shape (`torch.Size`): leading axes of the hidden states, `(B, S)` or `(T,)`.
+            is_decoder (`bool`): whether they belong to the decoder of an encoder-decoder model.
+        """
+        mask = self.inputs.get("decoder_attention_mask" if is_decoder else "attention_mask")
+        if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+            if len(shape) == 1 and mask.numel() == shape[0]:
+                return mask
+            if len(shape) == 2 and mask.shape[0] == shape[0] and mask.shape[1] >= shape[1]:
+                return mask[:, -shape[1] :]
+        return router_logits.new_ones(*(shape if len(shape) == 2 else (1, router_logits.shape[0])))
+
+    def record_name(self, adapter_name: str, router_name: str) -> str | None:
+        """The record that a router's running call belongs to, or `None` if it left none.
+
+        While the pass is open that is its newest record. In a recomputation, where a block that is used several times
+        comes back last call first, it is the newest one that has not been asked for.
+        """
+        records = self.records.get(adapter_name, {})
+        names = [name for name in records if name == router_name or name.startswith(f"{router_name}#")]
+        if not names:
+            return None
+        if self.is_open:
+            return names[-1]
+        asked = self.num_recomputed.get((adapter_name, router_name), 0)
+        self.num_recomputed[adapter_name, router_name] = asked + 1
+        return names[-1 - asked % len(names)]
+
+
+class RoutingRecorder:
+    """Collects what the routers of a model decide, one [`ForwardPass`] after the other.
+
+    One recorder serves all adapters of a base model. It is attached by [`install_recorder`] and found again by
+    [`get_recorder`].
+    """
+
+    def __init__(self) -> None:
+        self.output_hooks: list[OutputHook] = []
+        """called with the recorder, each completed pass and the model's output; each may return another output"""
+        self._start_process()
+
+    def _start_process(self) -> None:
+        self.listeners: list[Callable[[ForwardPass], None]] = []
+        """called with each completed pass; while there is one, passes without gradient are recorded too"""
+        self.current: ForwardPass | None = None
+        self.latest: ForwardPass | None = None
+        self.in_backward: ForwardPass | None = None
+        self.live: dict[str, dict[str, tuple[torch.Tensor, Route]]] = {}
+        """router logits of the latest pass with their graph; dropped when backward or the next pass begins"""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Passes and listeners belong to a running process: copies and pickles of a model start without any."""
+        return {"output_hooks": self.output_hooks}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start_process()
+
+    def begin(self, inputs: dict[str, Any]) -> None:
+        """Open a pass; an earlier one that never ended is dropped."""
+        self.current = ForwardPass(inputs, has_gradient=torch.is_grad_enabled())
+        if self.current.has_gradient:
+            self.in_backward = None
+            self.live = {}
+
+    def end(self, output: Any) -> Any:
+        """Close the pass, tell the listeners, and return the model's output."""
+        finished, self.current = self.current, None
+        if finished is None:
+            return output
+        finished.is_open = False
+        if not finished.records:
+            return output
+        if finished.has_gradient:
+            self.latest = finished
+        for listener in self.listeners:
+            listener(finished)
+        finished.routes = {}
+        for hook in self.output_hooks:
+            output = hook(self, finished, output)
+        return output
+
+    def needs_record(self, *, is_training: bool) -> bool:
+        """Whether a router that runs now has to call [`record`]: generation and evaluation stay free of cost."""
+        if self.current is None:
+            return False
+        return bool(self.listeners) or (is_training and self.current.has_gradient)
+
+    def record(
+        self,
+        adapter_name: str,
+        router_name: str,
+        output: RouterOutput,
+        *,
+        shape: torch.Size,
+        is_decoder: bool = False,
+    ) -> None:
+        """Add what a router decided to the open pass.
+
+        Args:
+            adapter_name (`str`), router_name (`str`): whose decision it is.
+            output (`RouterOutput`): the decision for T tokens.
+            shape (`torch.Size`): leading axes of the hidden states, `(B, S)` or `(T,)`.
+            is_decoder (`bool`): whether the router sits in the decoder of an encoder-decoder model.
+
+        Raises:
+            RuntimeError: no pass is open; ask [`needs_record`] first.
+        """
+        forward_pass = self.current
+        if forward_pass is None:
+            raise RuntimeError("RoutingRecorder.record was called outside a forward pass; ask needs_record first.")
+        mask = forward_pass.token_mask(shape, is_decoder=is_decoder, router_logits=output.router_logits)
+        by_router = forward_pass.records.setdefault(adapter_name, {})
+        name = _unique(router_name, by_router)
+        # without a graph: non-reentrant checkpointing demands that a recomputation saves the very same tensors
+        with torch.no_grad():
+            by_router[name] = routing_statistics(output.router_logits, output.top_k_index, mask)
+        route = Route(output.top_k_index, mask)
+        if self.listeners:
+            forward_pass.routes.setdefault(adapter_name, {})[name] = route
+        if output.router_logits.requires_grad:
+            self.live.setdefault(adapter_name, {})[name] = (output.router_logits, route)
+
+    def live_statistics(self) -> dict[str, dict[str, RoutingStatistics]]:
+        """Statistics of the latest pass with their graph, adapter name → router name → statistics."""
+        return {
+            adapter_name: {
+                name: routing_statistics(logits, route.top_k_index, route.token_mask)
+                for name, (logits, route) in by_router.items()
+            }
+            for adapter_name, by_router in self.live.items()
+        }
+
+    def find_pass(self) -> ForwardPass | None:
+        """The pass that the running code belongs to: the open one, else the one whose backward runs, else the last."""
+        return self.current or self.in_backward or self.latest
+
+
+def _unique(name: str, taken: dict[str, Any]) -> str:
+    """A router that runs twice in one pass (a block that is reused) leaves two records."""
+    if name not in taken:
+        return name
+    repeat = 2
+    while f"{name}#{repeat}" in taken:
+        repeat += 1
+    return f"{name}#{repeat}"
+
+
+class _BeginPass:
+    """Forward pre-hook of the base model; an object, so that it survives deepcopy and pickle."""
+
+    def __init__(self, recorder: RoutingRecorder, positions: dict[str, int]) -> None:
+        self.recorder = recorder
+        self.positions = positions
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = {}
+        for name in _INPUT_NAMES:
+            value = kwargs.get(name)
+            position = self.positions.get(name)
+            if value is None and position is not None and position < len(args):
+                value = args[position]
+            if value is not None:
+                inputs[name] = value
+        self.recorder.begin(inputs)
+
+
+class _EndPass:
+    """Forward hook of the base model, also called when its forward raised."""
+
+    def __init__(self, recorder: RoutingRecorder) -> None:
+        self.recorder = recorder
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return self.recorder.end(output)
+
+
+def get_recorder(model: nn.Module) -> RoutingRecorder | None:
+    """The recorder of a model or of the base model inside it (a `PeftModel`, a DDP wrapper), or `None`."""
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, _BeginPass):
+                return hook.recorder
+    return None
+
+
+def install_recorder(base_model: nn.Module) -> RoutingRecorder:
+    """Return the recorder of `base_model`, attaching a new one by forward hooks if there is none."""
+    for hook in base_model._forward_pre_hooks.values():
+        if isinstance(hook, _BeginPass):
+            return hook.recorder
+    recorder = RoutingRecorder()
+    parameters = list(inspect.signature(type(base_model).forward).parameters)[1:]
+    positions = {name: parameters.index(name) for name in _INPUT_NAMES if name in parameters}
+    base_model.register_forward_pre_hook(_BeginPass(recorder, positions), with_kwargs=True)
+    base_model.register_forward_hook(_EndPass(recorder), always_call=True)
+    return recorder
+
+
+def remove_recorder(base_model: nn.Module) -> None:
+    """Detach the recorder from `base_model`."""
+    for hooks, flags in (
+        (base_model._forward_pre_hooks, base_model._forward_pre_hooks_with_kwargs),
+        (base_model._forward_hooks, base_model._forward_hooks_always_called),
+    ):
+        for handle, hook in list(hooks.items()):
+            if isinstance(hook, _BeginPass | _EndPass):
+                del hooks[handle]
+                flags.pop(handle, None)

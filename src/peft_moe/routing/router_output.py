@@ -1,0 +1,36 @@
+"""`RouterOutput`: what every router hands to the dispatch plan, the kernels and the recorder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class RouterOutput:
+    """The decision of one router for a batch of tokens.
+
+    Args:
+        router_logits (`torch.Tensor` of shape `(T, E)`, float32):
+            Unnormalised scores, one row per token.
+        top_k_index (`torch.Tensor` of shape `(T, K)`, int64):
+            The chosen experts of each token, best first.
+        top_k_weights (`torch.Tensor` of shape `(T, K)`, float32, or `None`):
+            What the output of each chosen expert is multiplied with. `None` means that every weight is exactly 1 and
+            carries no gradient.
+    """
+
+    router_logits: torch.Tensor
+    top_k_index: torch.Tensor
+    top_k_weights: torch.Tensor | None
+
+    @property
+    def num_experts(self) -> int:
+        """Number of experts that this router can choose from (E)."""
+        return self.router_logits.shape[-1]
+
+    @property
+    def top_k(self) -> int:
+        """Number of experts that a token visits (K)."""
+        return self.top_k_index.shape[-1]

@@ -1,0 +1,159 @@
+"""What the tuners share: injection around a recorder, checked loading, honest refusal to merge, model cards."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import nn
+
+from ..aux_loss import AuxLoss, AuxLossFunction, install_aux_loss
+from ..recording import RoutingRecorder, install_recorder, remove_recorder
+
+
+CHECKPOINT_FORMAT = 1
+CARD_HEADING = "## How to load this adapter"
+
+
+def raise_config_problems(config_name: str, problems: list[str]) -> None:
+    """Raise one `ValueError` that lists every problem of a configuration; do nothing if there is none."""
+    if problems:
+        raise ValueError(f"{config_name} cannot be used:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+def check_checkpoint_format(found: int, *, method: str) -> None:
+    """Refuse an adapter that a newer version of this package has written."""
+    if found > CHECKPOINT_FORMAT:
+        raise ValueError(
+            f"This {method} adapter has checkpoint format {found}, but this version of peft_moe reads up to "
+            f"{CHECKPOINT_FORMAT}. It was written by a newer version: run `pip install --upgrade peft-moe`."
+        )
+
+
+def write_card_section(save_directory: str, *, method: str) -> None:
+    """Add to the model card that PEFT wrote what a reader needs to load the adapter: `import peft_moe`."""
+    path = os.path.join(save_directory, "README.md")
+    if not os.path.isfile(path):
+        return
+    with open(path, encoding="utf-8") as file:
+        card = file.read()
+    if CARD_HEADING in card:
+        return
+    section = f"""
+{CARD_HEADING}
+
+This is a {method} adapter. `import peft_moe` (`pip install peft-moe`) makes it known to PEFT:
+
+```python
+import peft_moe
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("<this repository>")
+```
+"""
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(card.rstrip("\n") + "\n" + section)
+
+
+class MoeTunerConfig(PeftConfig):
+    """Mixin of the configurations: the model card of a saved adapter says how to load it."""
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save as PEFT does, then complete the model card in the same folder, if there is one."""
+        super().save_pretrained(save_directory, **kwargs)
+        write_card_section(save_directory, method=type(self).__name__.removesuffix("Config"))
+
+
+class MoeTuner(BaseTuner):
+    """Base class of the tuners of this package."""
+
+    tags: tuple[str, ...] = ("peft_moe",)
+    recorder: RoutingRecorder
+    aux_loss: AuxLoss
+
+    def aux_loss_function(self, config: PeftConfig) -> AuxLossFunction | None:
+        """The auxiliary loss that `config` asks for, or `None`."""
+        return None
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Inject an adapter as PEFT does, with a [`RoutingRecorder`] and an [`AuxLoss`] attached to the base model."""
+        self.recorder = install_recorder(model)
+        self.aux_loss = install_aux_loss(model, self.recorder)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        function = self.aux_loss_function(self.peft_config[adapter_name])
+        self.aux_loss.functions.pop(adapter_name, None)
+        if function is not None:
+            self.aux_loss.functions[adapter_name] = function
+        if hasattr(model, "add_model_tags"):
+            model.add_model_tags(list(self.tags))
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter and its auxiliary loss."""
+        super().delete_adapter(adapter_name)
+        self.aux_loss.functions.pop(adapter_name, None)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        remove_recorder(model)
+        return model
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+    ) -> dict[str, torch.Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        check_adapter_state_dict(model, adapter_name, remapped, prefix=cls.prefix)
+        return remapped
+
+
+def check_adapter_state_dict(
+    model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor], *, prefix: str
+) -> None:
+    """Compare what a file holds for an adapter with what the model needs, before anything is loaded.
+
+    Args:
+        model (`nn.Module`): the model with the adapter injected.
+        adapter_name (`str`): its name.
+        state_dict (`dict[str, torch.Tensor]`): keys as in the model, values from the file.
+        prefix (`str`): what the names of the tuner's containers begin with.
+
+    Raises:
+        ValueError: tensors are missing, superfluous, or of another shape. A mixture of experts of which only a part is
+            loaded would compute something else without a word.
+    """
+    needed = {}
+    for layer_name, layer in model.named_modules():
+        if isinstance(layer, BaseTunerLayer):
+            for name, tensor in layer.state_dict(prefix=f"{layer_name}." if layer_name else "").items():
+                own = name.removeprefix(f"{layer_name}.")
+                if own.startswith(prefix) and own.split(".")[1] == adapter_name:
+                    needed[name] = tensor
+    missing = [name for name in needed if name not in state_dict]
+    extra = [name for name in state_dict if name not in needed and f".{prefix}" in name]
+    shapes = [
+        f"{name}: {tuple(state_dict[name].shape)} in the file, {tuple(tensor.shape)} in the model"
+        for name, tensor in needed.items()
+        if name in state_dict and state_dict[name].shape != tensor.shape
+    ]
+    problems = [
+        f"{len(found)} tensors {what}, for example {found[0]}"
+        for found, what in (
+            (missing, "are missing from the file"),
+            (extra, "of the file have no place in the model"),
+            (shapes, "have another shape"),
+        )
+        if found
+    ]
+    if problems:
+        raise ValueError(
+            f"The saved weights do not fit the adapter {adapter_name!r}: " + "; ".join(problems) + ". Nothing was "
+            "loaded. Use the base model and the adapter_config.json that the adapter was trained with; if they are "
+            "right, the file is incomplete and has to be fetched or saved again."
+        )

@@ -1,0 +1,8 @@
+"""MoLE: a router and a few LoRA experts in every MLP, after LLaVA-MoLE."""
+
+from .config import MoLEConfig
+from .layer import Linear, MoLELayer
+from .model import MoLEModel
+
+
+__all__ = ["Linear", "MoLEConfig", "MoLELayer", "MoLEModel"]

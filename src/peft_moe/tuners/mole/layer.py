@@ -1,0 +1,326 @@
+"""A frozen linear with LoRA experts, and the decision that the linears of one MLP share."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ...aux_loss import AuxLoss
+from ...kernels import DispatchPlan, lora_experts
+from ...recording import RoutingRecorder
+from ...routing import RouterOutput, TopKRouter
+from ..experts import StackedWeight
+from .config import MoLEConfig
+
+
+@dataclass(frozen=True)
+class RoutedTokens:
+    """The decision for T tokens: a plan for the kernels and the weights of the experts (or `None`: all 1)."""
+
+    plan: DispatchPlan
+    top_k_weights: torch.Tensor | None
+
+
+class RouterScope:
+    """The linears that follow one router, in the order in which they were found; the first one owns the router.
+
+    The owner leaves its decision here in each forward, the others take it, each once. What is left over or missing shows
+    that the linears were not called as one MLP, which is an error and not a reason to guess.
+
+    Args:
+        name (`str`): name of the MLP (or of the linear, with `router_scope="module"`).
+        adapter_name (`str`): the adapter that this scope belongs to.
+    """
+
+    def __init__(self, name: str, adapter_name: str) -> None:
+        self.name = name
+        self.adapter_name = adapter_name
+        self.members: list[str] = []
+        self.num_experts = 0
+        self._routed: RoutedTokens | None = None
+        self._waiting: set[str] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A decision belongs to a running forward; copies start without one."""
+        return {**self.__dict__, "_routed": None, "_waiting": set()}
+
+    def leave(self, routed: RoutedTokens) -> None:
+        """Called by the owner."""
+        self._waiting = set(self.members[1:])
+        self._routed = routed if self._waiting else None
+
+    def take(self, member: str, num_tokens: int) -> RoutedTokens:
+        """Called by every other member, for `num_tokens` tokens."""
+        routed = self._routed
+        if routed is None or member not in self._waiting:
+            raise RuntimeError(
+                f"'{member}' follows the router of '{self.members[0]}', but was called before it or twice in one "
+                "forward pass. This MLP does not call its linears in their usual order; use "
+                'MoLEConfig(router_scope="module"), which gives each linear its own router.'
+            )
+        if routed.plan.num_tokens != num_tokens:
+            raise RuntimeError(
+                f"'{member}' received {num_tokens} tokens, but the router of '{self.members[0]}' routed "
+                f'{routed.plan.num_tokens}. Use MoLEConfig(router_scope="module"), which gives each linear its own router.'
+            )
+        self._waiting.discard(member)
+        if not self._waiting:
+            self._routed = None
+        return routed
+
+
+class MoLELayer(BaseTunerLayer):
+    """Adapter state of a linear: stacked LoRA experts, for the first linear of an MLP also the router.
+
+    Keys of a saved adapter: `mole_A.weight` `(E, R, D)`, `mole_B.weight` `(E, R, O)`, `mole_router.weight` `(E, D)`
+    and `mole_router.bias` `(E,)`.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("mole_A", "mole_B", "mole_router")
+    other_param_names: tuple[str, ...] = ("r", "lora_alpha", "scaling", "num_experts", "mole_dropout", "scopes", "backend")
+
+    def __init__(self, base_layer: nn.Module, name: str, recorder: RoutingRecorder, aux_loss: AuxLoss) -> None:
+        self.base_layer = base_layer
+        self.name = name
+        self.recorder = recorder
+        self.aux_loss = aux_loss
+        self.is_decoder = False
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        self.num_experts: dict[str, int] = {}
+        self.scopes: dict[str, RouterScope] = {}
+        self.backend: dict[str, str] = {}
+        self.mole_A = nn.ModuleDict()
+        self.mole_B = nn.ModuleDict()
+        self.mole_router = nn.ModuleDict()
+        self.mole_dropout = nn.ModuleDict()
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        base = self.get_base_layer()
+        if isinstance(base, Conv1D):
+            self.in_features, self.out_features = base.nx, base.nf
+        else:
+            self.in_features, self.out_features = base.in_features, base.out_features
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        config: MoLEConfig,
+        *,
+        r: int,
+        lora_alpha: float,
+        scope: RouterScope | None,
+    ) -> None:
+        """Add an adapter, or replace one of the same name.
+
+        Args:
+            adapter_name (`str`), config (`MoLEConfig`): which adapter.
+            r (`int`), lora_alpha (`float`): those of this linear, patterns applied.
+            scope (`RouterScope`, *optional*): whose router this linear follows; `None` is ordinary LoRA.
+        """
+        num_experts = 1 if scope is None else scope.num_experts
+        self.r[adapter_name] = r
+        self.lora_alpha[adapter_name] = lora_alpha
+        self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
+        self.num_experts[adapter_name] = num_experts
+        self.backend[adapter_name] = config.kernel_backend
+        self.scopes.pop(adapter_name, None)
+        if adapter_name in self.mole_router:
+            del self.mole_router[adapter_name]
+        self.mole_A[adapter_name] = StackedWeight(num_experts, r, self.in_features)
+        self.mole_B[adapter_name] = StackedWeight(num_experts, r, self.out_features)
+        self.mole_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        if scope is not None:
+            self.scopes[adapter_name] = scope
+            if scope.members[0] == self.name:
+                self.mole_router[adapter_name] = _new_router(self.in_features, num_experts, config)
+        self.reset_parameters(adapter_name, config.init_lora_weights)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def reset_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
+        """A as LoRA does (`"gaussian"`: normal of width 1/r), B zero; with `False`, B is as random as A."""
+        A, B = self.mole_A[adapter_name], self.mole_B[adapter_name]
+        if A.weight.is_meta:
+            return
+        if init_lora_weights == "gaussian":
+            nn.init.normal_(A.weight, std=1 / self.r[adapter_name])
+        else:
+            A.reset_kaiming_uniform()
+        if init_lora_weights is False:
+            B.reset_kaiming_uniform()
+        else:
+            nn.init.zeros_(B.weight)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        if adapter_name in self.mole_router and not self.mole_router[adapter_name].weight.is_meta:
+            self.mole_router[adapter_name].float()
+
+    def is_exactly_mergeable(self, adapter_name: str) -> bool:
+        """Whether the adapter is one LoRA for every token here."""
+        return self.num_experts.get(adapter_name, 1) == 1
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether a single low-rank matrix says the same: with one expert it does."""
+        return self.is_exactly_mergeable(adapter_name)
+
+
+def _new_router(in_features: int, num_experts: int, config: MoLEConfig) -> TopKRouter:
+    router = TopKRouter(
+        in_features,
+        num_experts,
+        top_k=config.top_k,
+        bias=config.router_bias,
+        gate_scale=config.gate_scale,
+        soft=config.soft,
+        normalize_top_k=config.normalize_top_k,
+        jitter_noise=config.router_jitter_noise,
+    )
+    if config.router_init_std is not None and not router.weight.is_meta:
+        nn.init.normal_(router.weight, std=config.router_init_std)
+        if router.bias is not None:
+            nn.init.zeros_(router.bias)
+    return router
+
+
+class Linear(nn.Module, MoLELayer):
+    """A frozen linear whose output gets the LoRA experts of each token added.
+
+    The base layer is only called, never read, so `nn.Linear`, `Conv1D` and quantised linears take the same path.
+    """
+
+    def __init__(self, base_layer: nn.Module, name: str, recorder: RoutingRecorder, aux_loss: AuxLoss) -> None:
+        super().__init__()
+        MoLELayer.__init__(self, base_layer, name, recorder, aux_loss)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """`(..., D)` → `(..., O)`."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        result = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return result
+        for adapter_name in self.active_adapters:
+            if adapter_name in self.mole_A:
+                result = self._add_experts(adapter_name, x, result)
+        return result
+
+    def _add_experts(self, adapter_name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        A, B = self.mole_A[adapter_name](), self.mole_B[adapter_name]()
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else A.dtype
+        hidden_states = self._cast_input_dtype(x, dtype)
+        routed = None
+        if adapter_name in self.mole_router:
+            routed, output = self._route(adapter_name, x)
+            hidden_states = self.aux_loss.inject(
+                hidden_states,
+                output.router_logits,
+                output.top_k_index,
+                recorder=self.recorder,
+                adapter_name=adapter_name,
+                router_name=self.scopes[adapter_name].name,
+                shape=x.shape[:-1],
+                is_decoder=self.is_decoder,
+            )
+        elif adapter_name in self.scopes:
+            routed = self.scopes[adapter_name].take(self.name, x.shape[:-1].numel())
+        return lora_experts(
+            self.mole_dropout[adapter_name](hidden_states),
+            result,
+            A.to(hidden_states.dtype),
+            B.to(hidden_states.dtype),
+            plan=None if routed is None else routed.plan,
+            top_k_weights=None if routed is None else routed.top_k_weights,
+            scaling=self.scaling[adapter_name],
+            backend=self.backend[adapter_name],
+        )
+
+    def _route(self, adapter_name: str, x: torch.Tensor) -> tuple[RoutedTokens, RouterOutput]:
+        scope = self.scopes[adapter_name]
+        output = self.mole_router[adapter_name](x.reshape(-1, self.in_features))
+        _check_finite(output.router_logits, scope)
+        is_training = self.training and adapter_name in self.aux_loss.functions
+        if self.recorder.needs_record(is_training=is_training):
+            self.recorder.record(adapter_name, scope.name, output, shape=x.shape[:-1], is_decoder=self.is_decoder)
+        routed = RoutedTokens(DispatchPlan.from_index(output.top_k_index, output.num_experts), output.top_k_weights)
+        scope.leave(routed)
+        return routed, output
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the only expert of each adapter to the base weight.
+
+        Raises:
+            ValueError: an adapter routes tokens here, or the base layer is quantised, or (with `safe_merge`) the merged
+                weight would not be finite.
+        """
+        for adapter_name in check_adapters_to_merge(self, adapter_names):
+            if adapter_name not in self.mole_A:
+                continue
+            weight = self.check_mergeable(adapter_name)
+            merged = weight.data + self.get_delta_weight(adapter_name).to(weight.dtype)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise ValueError(
+                    f"Merging the adapter {adapter_name!r} into '{self.name}' would give weights that are not finite. "
+                    "The adapter is broken; nothing was merged here."
+                )
+            weight.data = merged
+            self.merged_adapters.append(adapter_name)
+
+    def unmerge(self) -> None:
+        """Subtract what [`merge`] added."""
+        while self.merged_adapters:
+            adapter_name = self.merged_adapters.pop()
+            weight = self.check_mergeable(adapter_name)
+            weight.data = weight.data - self.get_delta_weight(adapter_name).to(weight.dtype)
+
+    def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
+        """What the only expert adds to the base weight, in the layout of the base weight."""
+        A, B = self.mole_A[adapter_name].weight[0], self.mole_B[adapter_name].weight[0]
+        delta = self.scaling[adapter_name] * (A.T @ B)
+        return delta if isinstance(self.get_base_layer(), Conv1D) else delta.T
+
+    def check_mergeable(self, adapter_name: str) -> torch.Tensor:
+        """Return the weight that the adapter can be merged into, or raise `ValueError`."""
+        if not self.is_exactly_mergeable(adapter_name):
+            raise ValueError(f"'{self.name}': " + MERGE_IS_IMPOSSIBLE.format(self.num_experts[adapter_name]))
+        weight = self.get_base_layer().weight
+        if type(weight) is not nn.Parameter or not weight.dtype.is_floating_point:
+            raise ValueError(
+                f"'{self.name}' is quantised ({type(self.get_base_layer()).__name__}), and merging would round the "
+                "adapter away. Load the base model without quantisation and merge there."
+            )
+        return weight
+
+    def __repr__(self) -> str:
+        return "mole." + super().__repr__()
+
+
+MERGE_IS_IMPOSSIBLE = (
+    "{} experts that are chosen token by token cannot be merged into one weight. Keep the adapter (it is small, and "
+    "`save_pretrained` stores all of it); or train with num_experts=1, which is LoRA and merges exactly; or, to drop the "
+    "adapter, use `unload()`."
+)
+
+
+def _check_finite(router_logits: torch.Tensor, scope: RouterScope) -> None:
+    """Stop where the model diverged, and not where an index made of NaN strikes; on a GPU without waiting for it."""
+    if torch.compiler.is_compiling():
+        return
+    is_finite = torch.isfinite(router_logits).all()
+    message = (
+        f"The router of '{scope.name}' (adapter {scope.adapter_name!r}) got logits that are not finite. The hidden states "
+        "or the adapter contain NaN or infinity: lower the learning rate, clip gradients, or check the checkpoint."
+    )
+    if router_logits.device.type == "cpu":
+        if not is_finite:
+            raise FloatingPointError(message)
+    elif router_logits.is_cuda:
+        torch._assert_async(is_finite, message)

@@ -1,0 +1,198 @@
+"""`MoLEModel`: puts routers and LoRA experts into the MLPs of a model."""
+
+from __future__ import annotations
+
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from ...aux_loss import AuxLossFunction, weighted_aux_loss
+from ..base import MoeTuner
+from ..structure import (
+    ATTENTION_BLOCKS,
+    MLP_BLOCKS,
+    base_of,
+    check_target,
+    find_blocks,
+    is_linear,
+    shorten,
+    text_linear_names,
+)
+from .config import ATTENTION, MoLEConfig
+from .layer import Linear, MoLELayer, RouterScope
+
+
+class MoLEModel(MoeTuner):
+    """Creates a mixture of LoRA experts from a pretrained model (LLaVA-MoLE, https://huggingface.co/papers/2401.16160).
+
+    Args:
+        model (`torch.nn.Module`): the model to be adapted.
+        config (`MoLEConfig`): the configuration.
+        adapter_name (`str`): name of the adapter, `"default"` by default.
+
+    **Attributes**:
+        - **model** (`torch.nn.Module`) -- the adapted model.
+        - **peft_config** (`dict[str, MoLEConfig]`) -- the configuration of each adapter.
+        - **recorder** (`RoutingRecorder`) -- what its routers decided in the last forward pass.
+    """
+
+    prefix = "mole_"
+    tuner_layer_cls = MoLELayer
+    target_module_mapping: dict[str, list[str]] = {}
+    tags = ("peft_moe", "mole")
+
+    def aux_loss_function(self, config: MoLEConfig) -> AuxLossFunction | None:
+        """Load balancing and z-loss with the coefficients of `config`; `None` if both are 0."""
+        if not config.router_aux_loss_coef and not config.router_z_loss_coef:
+            return None
+        return partial(
+            weighted_aux_loss,
+            loss_type=config.router_aux_loss_type,
+            aux_loss_coef=config.router_aux_loss_coef,
+            z_loss_coef=config.router_z_loss_coef,
+        )
+
+    def _prepare_adapter_config(self, peft_config: MoLEConfig, model_config: dict[str, Any]) -> MoLEConfig:
+        linear_names = text_linear_names(self.model)
+        if peft_config.target_modules is None:
+            peft_config.target_modules = _find_targets(linear_names, MLP_BLOCKS)
+            if not peft_config.target_modules:
+                raise ValueError(
+                    f"MoLE found no MLP in {type(self.model).__name__}. It looks for linears with usual names such as "
+                    "gate_proj/up_proj/down_proj, fc1/fc2 or intermediate.dense/output.dense; name yours in "
+                    "target_modules. (Experts of a mixture of experts are single parameters, not linears, and have no "
+                    "place for MoLE.)"
+                )
+        if peft_config.lora_target_modules == ATTENTION:
+            peft_config.lora_target_modules = self._find_attention(peft_config, linear_names)
+        return peft_config
+
+    def _find_attention(self, peft_config: MoLEConfig, linear_names: list[str]) -> set[str] | None:
+        """Linears of the attention blocks, without those that get experts; `None` where nothing is left."""
+        if peft_config.target_modules == "all-linear":
+            return None
+        blocks = find_blocks(linear_names, ATTENTION_BLOCKS)
+        names = [name for block in blocks.values() for name in block if not _is_routed(peft_config, name)]
+        return set(shorten(names, linear_names)) or None
+
+    def _prepare_model(self, peft_config: MoLEConfig, model: nn.Module) -> None:
+        """Check every target before the first one is touched, and find out which linears form an MLP."""
+        linear_names = [name for name, module in model.named_modules() if is_linear(base_of(module))]
+        blocks = find_blocks(linear_names, MLP_BLOCKS)
+        self._block_of = {member: block for block, members in blocks.items() for member in members}
+        self._scopes: dict[str, RouterScope] = {}
+        if peft_config.target_modules == "all-linear":
+            return
+        for name, module in model.named_modules():
+            is_routed, is_lora = _is_routed(peft_config, name), _is_lora(peft_config, name)
+            if is_routed and is_lora:
+                raise ValueError(
+                    f"'{name}' is in target_modules and in lora_target_modules. A linear gets experts or an ordinary "
+                    "LoRA: remove it from one of the two."
+                )
+            if is_routed or is_lora:
+                check_target(model, name, base_of(module))
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: MoLEConfig, key: str) -> Any:
+        return _is_routed(peft_config, key) or _is_lora(peft_config, key)
+
+    def _create_and_replace(
+        self,
+        peft_config: MoLEConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        layer = target
+        if not isinstance(layer, MoLELayer):
+            layer = Linear(target, current_key, self.recorder, self.aux_loss)
+            layer._active_adapter = adapter_name
+            is_encoder_decoder = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+            layer.is_decoder = is_encoder_decoder and "decoder" in current_key.split(".")
+        layer.update_layer(
+            adapter_name,
+            peft_config,
+            r=_by_pattern(peft_config.rank_pattern, current_key, peft_config.r),
+            lora_alpha=_by_pattern(peft_config.alpha_pattern, current_key, peft_config.lora_alpha),
+            scope=self._scope_of(peft_config, adapter_name, current_key),
+        )
+        if layer is not target:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+
+    def _scope_of(self, peft_config: MoLEConfig, adapter_name: str, name: str) -> RouterScope | None:
+        """The scope that a linear joins; `None` for an ordinary LoRA."""
+        if not _is_routed(peft_config, name):
+            return None
+        block = name
+        if peft_config.router_scope == "mlp":
+            block = self._block_of.get(name, name.rpartition(".")[0] or name)
+        num_experts = _by_pattern(peft_config.num_experts_pattern, name, None)
+        if num_experts is None:
+            num_experts = _by_pattern(peft_config.num_experts_pattern, block, peft_config.num_experts)
+        if num_experts == 1:
+            return None
+        scope = self._scopes.setdefault(block, RouterScope(block, adapter_name))
+        if scope.members and scope.num_experts != num_experts:
+            raise ValueError(
+                f"num_experts_pattern gives '{name}' {num_experts} experts, but '{scope.members[0]}' {scope.num_experts}, "
+                f"and both follow the router of '{block}'. Use the name of the MLP as the key."
+            )
+        scope.num_experts = num_experts
+        scope.members.append(name)
+        return scope
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters that have a single expert everywhere; any other raises before anything is changed."""
+        self._check_mergeable(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self, merge: bool = True, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
+    ) -> nn.Module:
+        if merge:
+            self._check_mergeable(adapter_names)
+        return super()._unload_and_optionally_merge(merge, *args, adapter_names=adapter_names, **kwargs)
+
+    def _check_mergeable(self, adapter_names: list[str] | None) -> None:
+        for module in self.model.modules():
+            if isinstance(module, Linear):
+                for adapter_name in adapter_names or self.active_adapters:
+                    if adapter_name in module.mole_A:
+                        module.check_mergeable(adapter_name)
+
+
+def _is_routed(config: MoLEConfig, name: str) -> Any:
+    return check_target_module_exists(config, name)
+
+
+def _is_lora(config: MoLEConfig, name: str) -> Any:
+    if not config.lora_target_modules:
+        return False
+    view = SimpleNamespace(
+        target_modules=config.lora_target_modules,
+        target_parameters=None,
+        exclude_modules=config.exclude_modules,
+        modules_to_save=config.modules_to_save,
+        layers_to_transform=config.layers_to_transform,
+        layers_pattern=config.layers_pattern,
+    )
+    return check_target_module_exists(view, name)
+
+
+def _by_pattern(pattern: dict[str, Any], name: str, default: Any) -> Any:
+    return pattern.get(get_pattern_key(list(pattern), name), default)
+
+
+def _find_targets(linear_names: list[str], block_kinds: tuple[tuple[str, ...], ...]) -> set[str]:
+    names = [name for block in find_blocks(linear_names, block_kinds).values() for name in block]
+    return set(shorten(names, linear_names))

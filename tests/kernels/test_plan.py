@@ -1,0 +1,88 @@
+"""A plan is a stable sort of the pairs by expert, whatever the routing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peft_moe.kernels import DispatchPlan
+
+
+@st.composite
+def routings(draw: st.DrawFn) -> tuple[torch.Tensor, int]:
+    num_experts = draw(st.integers(1, 9))
+    top_k = draw(st.integers(1, 4))
+    num_tokens = draw(st.integers(0, 20))
+    row = st.lists(st.integers(0, num_experts - 1), min_size=top_k, max_size=top_k)
+    rows = draw(st.lists(row, min_size=num_tokens, max_size=num_tokens))
+    return torch.tensor(rows, dtype=torch.int64).reshape(num_tokens, top_k), num_experts
+
+
+@given(routings())
+@settings(deadline=None, max_examples=60)
+def test_rows_are_a_permutation_of_the_pairs(routing: tuple[torch.Tensor, int]) -> None:
+    plan = DispatchPlan.from_index(*routing)
+    assert sorted(plan.pair_of_row.tolist()) == list(range(routing[0].numel()))
+
+
+@given(routings())
+@settings(deadline=None, max_examples=60)
+def test_row_of_pair_inverts_pair_of_row(routing: tuple[torch.Tensor, int]) -> None:
+    plan = DispatchPlan.from_index(*routing)
+    assert plan.row_of_pair.shape == routing[0].shape
+    assert torch.equal(plan.row_of_pair.flatten()[plan.pair_of_row], torch.arange(routing[0].numel()))
+
+
+@given(routings())
+@settings(deadline=None, max_examples=60)
+def test_rows_are_sorted_by_expert_and_then_by_pair(routing: tuple[torch.Tensor, int]) -> None:
+    plan = DispatchPlan.from_index(*routing)
+    experts = routing[0].flatten()[plan.pair_of_row].tolist()
+    keys = list(zip(experts, plan.pair_of_row.tolist()))
+    assert keys == sorted(keys)
+
+
+@given(routings())
+@settings(deadline=None, max_examples=60)
+def test_expert_load_counts_the_pairs(routing: tuple[torch.Tensor, int]) -> None:
+    index, num_experts = routing
+    plan = DispatchPlan.from_index(index, num_experts)
+    expected = [index.flatten().tolist().count(expert) for expert in range(num_experts)]
+    assert plan.expert_load.tolist() == list(plan.expert_load_on_host) == expected
+    assert plan.row_ends.dtype == torch.int32
+    assert plan.row_ends.tolist() == torch.tensor(expected).cumsum(0).tolist()
+
+
+@given(routings())
+@settings(deadline=None, max_examples=60)
+def test_a_row_belongs_to_the_token_of_its_pair(routing: tuple[torch.Tensor, int]) -> None:
+    plan = DispatchPlan.from_index(*routing)
+    assert torch.equal(plan.token_of_row, plan.pair_of_row // plan.top_k)
+
+
+def test_making_a_plan_sorts_nothing() -> None:
+    plan = DispatchPlan.from_index(torch.zeros(4, 2, dtype=torch.int64), 3)
+    assert set(vars(plan)) == {"top_k_index", "num_experts", "derived"}
+
+
+def test_the_sort_happens_once() -> None:
+    plan = DispatchPlan.from_index(torch.tensor([[1], [0]]), 2)
+    assert plan.pair_of_row is plan.pair_of_row
+
+
+def test_more_experts_than_a_short_integer_holds_are_sorted_too() -> None:
+    plan = DispatchPlan.from_index(torch.tensor([[40_000], [3]]), 50_000)
+    assert plan.pair_of_row.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("index", [torch.zeros(4, dtype=torch.int64), torch.zeros(4, 2)], ids=["flat", "float"])
+def test_an_index_of_the_wrong_kind_is_refused_with_advice(index: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"int64 tensor of shape \(tokens, top_k\).*reshape"):
+        DispatchPlan.from_index(index, 3)
+
+
+def test_a_plan_without_experts_is_refused() -> None:
+    with pytest.raises(ValueError, match="num_experts >= 1, but got 0"):
+        DispatchPlan.from_index(torch.zeros(4, 2, dtype=torch.int64), 0)

@@ -1,0 +1,356 @@
+"""The auxiliary loss reaches backward under every loop, with the weight that it should have.
+
+The reference is computed by hand: router logits are captured by hooks in a plain forward pass and put into formulas
+written here from the papers. What is compared is the *difference* that the auxiliary loss makes to all gradients.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import get_peft_model
+from tiny_models import tiny_llama, token_batch
+from transformers import Trainer, TrainingArguments
+
+from peft_moe import MoLEConfig, get_aux_loss, set_aux_loss_scale
+from peft_moe.routing import TopKRouter
+
+
+COEF = 0.5
+LOSS_TYPES = ["switch", "pooled", "mole"]
+
+
+def build(coef: float = COEF, **settings):
+    model = tiny_llama()
+    settings = {"num_experts": 4, "lora_dropout": 0.0, "init_lora_weights": False, **settings}
+    torch.manual_seed(3)
+    config = MoLEConfig(router_aux_loss_coef=coef, task_type="CAUSAL_LM", **settings)
+    return get_peft_model(model, config).train()
+
+
+def gradients(model) -> torch.Tensor:
+    return torch.cat(
+        [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in trainable(model)]
+    ).double()
+
+
+def trainable(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def balance_by_hand(logits, index, mask, loss_type):
+    """Formulas of the papers, for a list of (T, E) logits and (T, 1) choices; mask (B, S)."""
+    flat = mask.flatten().bool()
+    if loss_type == "switch":
+        losses = []
+        for layer_logits, layer_index in zip(logits, index, strict=True):
+            probability = layer_logits.softmax(-1)[flat].mean(0)
+            share = torch.nn.functional.one_hot(layer_index[flat, 0], 4).float().mean(0)
+            losses.append(4 * (share * probability).sum())
+        return sum(losses) / len(losses)
+    samples = [flat] if loss_type == "pooled" else [flat & row_of(mask, b) for b in range(mask.shape[0])]
+    losses = []
+    for rows in samples:
+        probability = torch.cat([entry.softmax(-1)[rows] for entry in logits]).mean(0)
+        share = torch.cat([torch.nn.functional.one_hot(entry[rows, 0], 4).float() for entry in index]).mean(0)
+        losses.append((share * probability).sum())
+    return 4 * losses[0] if loss_type == "pooled" else sum(losses) / len(losses)
+
+
+def row_of(mask, b):
+    rows = torch.zeros_like(mask, dtype=torch.bool)
+    rows[b] = True
+    return rows.flatten()
+
+
+def aux_by_hand(model, batch, loss_type="switch"):
+    """COEF times the auxiliary loss of one forward pass, with a graph."""
+    outputs = []
+    handles = [
+        module.register_forward_hook(lambda module, args, output: outputs.append(output))
+        for module in model.modules()
+        if isinstance(module, TopKRouter)
+    ]
+    model(**batch)
+    for handle in handles:
+        handle.remove()
+    logits = [output.router_logits for output in outputs]
+    index = [output.top_k_index for output in outputs]
+    return COEF * balance_by_hand(logits, index, batch["attention_mask"], loss_type)
+
+
+def expected_gradient(batches, weights, loss_type="switch", **settings) -> torch.Tensor:
+    """Σ weight · gradient of the auxiliary loss, over micro-batches."""
+    model = build(coef=0.0, **settings)
+    total = sum(w * aux_by_hand(model, batch, loss_type) for w, batch in zip(weights, batches, strict=True))
+    found = torch.autograd.grad(total, trainable(model), allow_unused=True, materialize_grads=True)
+    return torch.cat([g.flatten() for g in found]).double()
+
+
+def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert expected.norm() > 1e-4
+    ratio = (found.norm() / expected.norm()).item()
+    cosine = torch.nn.functional.cosine_similarity(found, expected, dim=0).item()
+    assert ratio == pytest.approx(1.0, abs=2e-3), f"norm ratio {ratio}"
+    assert cosine == pytest.approx(1.0, abs=1e-4), f"cosine {cosine}"
+
+
+def effect_of_aux_loss(run, **settings) -> torch.Tensor:
+    """What the auxiliary loss adds to the gradients that `run(model)` leaves."""
+    found = []
+    for coef in (COEF, 0.0):
+        model = build(coef=coef, **settings)
+        run(model)
+        found.append(gradients(model))
+    return found[0] - found[1]
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("checkpointing", ["none", "non_reentrant", "reentrant"])
+def test_gradient_equals_the_one_computed_by_hand(loss_type, checkpointing):
+    batch = token_batch()
+
+    def run(model):
+        if checkpointing != "none":
+            model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
+            model.enable_input_require_grads()
+        model(**batch).loss.backward()
+
+    found = effect_of_aux_loss(run, router_aux_loss_type=loss_type)
+    assert_same(found, expected_gradient([batch], [1.0], loss_type))
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "non_reentrant", "reentrant"])
+def test_two_forward_passes_before_one_backward_keep_their_own_state(checkpointing):
+    batches = [token_batch(num_padding=5), token_batch(3, 9, num_padding=2, seed=7)]
+
+    def run(model):
+        if checkpointing != "none":
+            model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
+            model.enable_input_require_grads()
+        first, second = (model(**batch).loss for batch in batches)
+        (0.25 * first + 0.75 * second).backward()
+
+    found = effect_of_aux_loss(run, router_aux_loss_type="mole")
+    assert_same(found, expected_gradient(batches, [0.25, 0.75], "mole"))
+
+
+def test_loss_value_is_that_of_the_task():
+    batch = token_batch()
+    assert torch.equal(build()(**batch).loss, build(coef=0.0)(**batch).loss)
+
+
+def test_scaled_loss_scales_the_auxiliary_loss():
+    batch = token_batch()
+    found = effect_of_aux_loss(lambda model: (model(**batch).loss * 1024).backward())
+    assert_same(found / 1024, expected_gradient([batch], [1.0]))
+
+
+def test_in_place_scaling_of_the_loss_is_allowed():
+    batch = token_batch()
+
+    def run(model):
+        loss = model(**batch).loss
+        loss *= 3
+        loss.backward()
+
+    assert_same(effect_of_aux_loss(run) / 3, expected_gradient([batch], [1.0]))
+
+
+def test_loss_built_outside_from_logits_has_weight_one():
+    batch = token_batch()
+
+    def run(model):
+        logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()).backward()
+
+    assert_same(effect_of_aux_loss(run), expected_gradient([batch], [1.0]))
+
+
+def test_scale_of_an_outside_loss_can_be_stated():
+    batch = token_batch()
+
+    def run(model):
+        set_aux_loss_scale(model, 0.125)
+        model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits.square().mean().backward()
+
+    assert_same(effect_of_aux_loss(run), expected_gradient([batch], [0.125]))
+
+
+def test_custom_loop_may_add_the_auxiliary_loss_itself():
+    batch = token_batch()
+
+    def run(model):
+        loss = model(**batch).loss
+        (loss + 2 * get_aux_loss(model)).backward()
+
+    assert_same(effect_of_aux_loss(run), expected_gradient([batch], [2.0]))
+
+
+def test_logging_the_auxiliary_loss_does_not_switch_it_off():
+    batch = token_batch()
+    values = []
+
+    def run(model):
+        loss = model(**batch).loss
+        with torch.no_grad():
+            values.append(get_aux_loss(model).item())
+        loss.backward()
+
+    assert_same(effect_of_aux_loss(run), expected_gradient([batch], [1.0]))
+    assert values[0] == pytest.approx(aux_by_hand(build(coef=0.0), batch).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_does_not_count(side):
+    short = token_batch(num_padding=0)
+    padding = torch.zeros(2, 5, dtype=torch.long)
+    join = (lambda a, b: torch.cat([b, a], 1)) if side == "left" else (lambda a, b: torch.cat([a, b], 1))
+    mask = join(short["attention_mask"], padding)
+    padded = {
+        "input_ids": join(short["input_ids"], padding),
+        "attention_mask": mask,
+        "labels": join(short["labels"], padding - 100),
+        "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
+    }
+    found = effect_of_aux_loss(lambda model: model(**padded).loss.backward())
+    expected = effect_of_aux_loss(lambda model: model(**short).loss.backward())
+    assert_same(found, expected)
+
+
+def test_batch_of_padding_adds_nothing_and_no_nan():
+    batch = token_batch()
+    batch["attention_mask"] = torch.zeros_like(batch["attention_mask"])
+    model = build()
+    model(**batch).logits.sum().backward()
+    assert torch.isfinite(gradients(model)).all()
+    with torch.no_grad():
+        assert get_aux_loss(model) == 0
+
+
+def test_evaluation_and_generation_leave_no_record():
+    model = build().eval()
+    batch = token_batch()
+    model(**batch)
+    model.generate(batch["input_ids"], max_new_tokens=3)
+    with pytest.raises(RuntimeError, match="no forward pass in training mode"):
+        get_aux_loss(model)
+
+
+def test_switch_loss_of_one_router_is_that_of_transformers():
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    from peft_moe.losses import load_balancing_loss, routing_statistics
+
+    torch.manual_seed(0)
+    logits = [torch.randn(20, 4) for _ in range(3)]
+    mask = torch.ones(2, 10)
+    mask[1, 6:] = 0
+    statistics = [routing_statistics(entry, entry.topk(2).indices, mask) for entry in logits]
+    expected = load_balancing_loss_func(tuple(logits), 4, 2, mask)
+    torch.testing.assert_close(load_balancing_loss(statistics, loss_type="pooled"), expected)
+    expected = load_balancing_loss_func(tuple(logits[:1]), 4, 2, mask)
+    torch.testing.assert_close(load_balancing_loss(statistics[:1]), expected)
+
+
+class _GradientTrap(Trainer):
+    """Trainer that keeps the gradients of its first optimizer step."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.trapped = None
+
+    def create_optimizer(self, *args, **kwargs):
+        optimizer = super().create_optimizer(*args, **kwargs)
+        inner, trainer = self.model, self
+
+        def trap(*_):
+            if trainer.trapped is None:
+                trainer.trapped = gradients(inner)
+
+        optimizer.register_step_pre_hook(trap)
+        return optimizer
+
+
+def rows_of(batches):
+    return [{k: v[i] for k, v in batch.items()} for batch in batches for i in range(batch["input_ids"].shape[0])]
+
+
+def label_share(batches):
+    counts = torch.tensor([batch["labels"][:, 1:].ne(-100).sum().item() for batch in batches]).double()
+    return (counts / counts.sum()).tolist()
+
+
+def outside_loss(outputs, labels, num_items_in_batch=None):
+    logits = outputs.logits[:, :-1].flatten(0, 1)
+    loss = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum")
+    return loss / num_items_in_batch
+
+
+@pytest.mark.parametrize("loss_type", ["switch", "mole"])
+@pytest.mark.parametrize(
+    ("steps", "arguments", "trainer_arguments"),
+    [
+        pytest.param(1, {}, {}, id="plain"),
+        pytest.param(4, {}, {}, id="accumulation"),
+        pytest.param(4, {"gradient_checkpointing": True}, {}, id="accumulation-checkpointing"),
+        pytest.param(
+            4,
+            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+            {},
+            id="accumulation-reentrant",
+        ),
+        pytest.param(4, {"label_smoothing_factor": 0.1}, {}, id="label-smoothing"),
+        pytest.param(4, {}, {"compute_loss_func": outside_loss}, id="compute-loss-func"),
+        pytest.param(2, {"bf16": True}, {}, id="bf16-autocast"),
+    ],
+)
+def test_trainer_gives_each_micro_batch_its_share(tmp_path, loss_type, steps, arguments, trainer_arguments):
+    batches = [token_batch(2, 12, num_padding=2 + 2 * i, seed=i) for i in range(steps)]
+    found = []
+    for coef in (COEF, 0.0):
+        model = build(coef=coef, router_aux_loss_type=loss_type)
+        trainer = _GradientTrap(
+            model,
+            TrainingArguments(
+                str(tmp_path),
+                per_device_train_batch_size=2,
+                gradient_accumulation_steps=steps,
+                max_steps=1,
+                max_grad_norm=0,
+                report_to=[],
+                use_cpu=True,
+                save_strategy="no",
+                train_sampling_strategy="sequential",
+                **arguments,
+            ),
+            train_dataset=rows_of(batches),
+            **trainer_arguments,
+        )
+        trainer.train()
+        found.append(trainer.trapped)
+    difference = found[0] - found[1]
+    expected = expected_gradient(batches, label_share(batches), loss_type)
+    if arguments.get("bf16"):
+        ratio = (difference.norm() / expected.norm()).item()
+        assert ratio == pytest.approx(1.0, abs=5e-2)
+        return
+    assert_same(difference, expected)
+
+
+def test_copies_of_a_model_record_for_themselves():
+    model = build()
+    batch = token_batch()
+    model(**batch).loss.backward()
+    clone = copy.deepcopy(model)
+    with pytest.raises(RuntimeError, match="no forward pass"):
+        get_aux_loss(clone)
+    clone(**batch)
+    assert get_aux_loss(clone) > 0
+
+
+def test_model_without_routers_is_named_in_the_error():
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no router of peft_moe"):
+        get_aux_loss(tiny_llama())

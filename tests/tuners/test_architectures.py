@@ -1,0 +1,177 @@
+"""Targets are found by structure in every architecture, and adapters there work."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from peft import get_peft_model
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from tiny_architectures import ARCHITECTURES, PLAIN, plain
+from torch import nn
+
+from peft_moe import MoLEConfig
+from peft_moe.tuners.mole import Linear
+
+
+# in PEFT's table, but in no row here, and why
+NOT_COVERED = {
+    "RefinedWeb": "remote code, now falcon",
+    "RefinedWebModel": "remote code, now falcon",
+    "btlm": "remote code",
+    "chatglm": "remote code",
+    "mixtral": "its experts are no linears: test_model_without_mlp_is_named",
+    "rwkv7": "remote code",
+}
+
+
+def outputs_of(model, batch) -> torch.Tensor:
+    """Everything that the model computes, so that no head is left out."""
+    output = model(**batch)
+    return torch.cat([t.float().flatten() for t in output.values() if isinstance(t, torch.Tensor) and t.numel() > 1])
+
+
+def routed_layers(model) -> dict[str, Linear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, Linear) and module.scopes}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda row: row.name)
+def test_every_mlp_gets_experts_that_learn(architecture):
+    batch = architecture.inputs()
+    with torch.no_grad():
+        expected = outputs_of(architecture.build(), batch)
+    model = get_peft_model(architecture.build(), MoLEConfig(r=2, num_experts=3, init_lora_weights=False))
+
+    layers = routed_layers(model)
+    ends = architecture.mlp.split()
+    assert len(layers) == len(ends) * architecture.num_mlps
+    assert all(name.endswith(tuple(f".{end}" for end in ends)) for name in layers)
+    adapted = [name for name, module in model.named_modules() if isinstance(module, Linear)]
+    assert len(adapted) > len(layers), "attention got no LoRA"
+    assert all(architecture.inside in name for name in adapted)
+    routers = [module for module in layers.values() if "default" in module.mole_router]
+    assert len(routers) == architecture.num_mlps
+
+    output = outputs_of(model, batch)
+    assert not torch.allclose(output, expected)
+    output.square().sum().backward()
+    without_gradient = [
+        name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())
+    ]
+    assert without_gradient == []
+    with model.disable_adapter(), torch.no_grad():
+        assert torch.equal(outputs_of(model, batch), expected)
+
+
+@pytest.mark.parametrize("model_type", sorted(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING))
+def test_every_architecture_that_peft_knows_has_a_row(model_type):
+    rows = {row.name for row in ARCHITECTURES} | {row.config().model_type for row in ARCHITECTURES}
+    assert model_type in rows or model_type in {row.removesuffix("_text") for row in rows} | set(NOT_COVERED)
+
+
+def test_model_without_mlp_is_named():
+    config = transformers.MixtralConfig(**PLAIN, num_key_value_heads=1, num_local_experts=2)
+    model = transformers.MixtralForCausalLM(config)
+    with pytest.raises(ValueError, match="found no MLP in MixtralForCausalLM.*target_modules.*single parameters"):
+        get_peft_model(model, MoLEConfig())
+    assert not routed_layers(model)
+
+
+def test_shared_expert_of_a_mixture_gets_experts():
+    config = transformers.Qwen2MoeConfig(
+        **PLAIN, num_key_value_heads=1, num_experts=4, moe_intermediate_size=8, shared_expert_intermediate_size=8
+    )
+    model = get_peft_model(transformers.Qwen2MoeForCausalLM(config), MoLEConfig(r=2))
+    assert all(".shared_expert." in name for name in routed_layers(model))
+    assert len(routed_layers(model)) == 6
+
+
+@pytest.mark.parametrize("target_modules", [None, ["linear1", "linear2"], ["out_proj"]], ids=["default", "mlp", "attention"])
+def test_layers_of_torch_that_skip_their_linears_are_refused(target_modules):
+    layer = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2)
+    with pytest.raises(ValueError, match="without calling them.*exclude_modules"):
+        get_peft_model(model, MoLEConfig(r=2, target_modules=target_modules))
+    assert not any(isinstance(module, Linear) for module in model.modules())
+
+
+class CustomMLP(nn.Module):
+    """No name that a structure would be recognised by."""
+
+    def __init__(self):
+        super().__init__()
+        self.widen = nn.Linear(8, 16)
+        self.narrow = nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.narrow(torch.relu(self.widen(x)))
+
+
+def test_custom_module_is_adapted_by_name_with_one_router_per_parent():
+    model = get_peft_model(CustomMLP(), MoLEConfig(r=2, target_modules=["widen", "narrow"], init_lora_weights=False))
+    layers = routed_layers(model)
+    assert [("default" in layer.mole_router) for layer in layers.values()] == [True, False]
+    x = torch.randn(5, 8)
+    model(x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+    with model.disable_adapter():
+        assert torch.equal(model(x), model.get_base_model()(x))
+
+
+def test_custom_module_without_names_says_what_to_do():
+    with pytest.raises(ValueError, match="found no MLP in CustomMLP.*name yours in target_modules"):
+        get_peft_model(CustomMLP(), MoLEConfig())
+
+
+def test_target_modules_take_a_regular_expression():
+    model = plain("LlamaConfig")()
+    model = get_peft_model(transformers.LlamaForCausalLM(model), MoLEConfig(r=2, target_modules=r".*\.1\.mlp\..*_proj"))
+    assert len(routed_layers(model)) == 3
+
+
+def test_layers_to_transform_picks_layers():
+    model = transformers.LlamaForCausalLM(plain("LlamaConfig")())
+    config = MoLEConfig(r=2, layers_to_transform=[1], layers_pattern="layers")
+    model = get_peft_model(model, config)
+    assert len(routed_layers(model)) == 3
+    assert all(".layers.1." in name for name in routed_layers(model))
+
+
+def test_excluded_modules_stay_as_they_are():
+    model = transformers.LlamaForCausalLM(plain("LlamaConfig")())
+    model = get_peft_model(model, MoLEConfig(r=2, exclude_modules=["down_proj"]))
+    assert len(routed_layers(model)) == 4
+
+
+def test_all_linear_gives_experts_to_attention_too():
+    model = transformers.LlamaForCausalLM(plain("LlamaConfig")())
+    model = get_peft_model(model, MoLEConfig(r=2, target_modules="all-linear"))
+    layers = routed_layers(model)
+    assert len(layers) == 14
+    assert not any("lm_head" in name for name in layers)
+    model(torch.ones(1, 3, dtype=torch.long))
+
+
+def test_number_of_experts_may_differ_between_mlps():
+    model = transformers.LlamaForCausalLM(plain("LlamaConfig")())
+    model = get_peft_model(model, MoLEConfig(r=2, num_experts=3, num_experts_pattern={"layers.0.mlp": 5}))
+    counts = {name: layer.mole_A["default"].weight.shape[0] for name, layer in routed_layers(model).items()}
+    assert {5 if ".layers.0." in name else 3 for name in counts} == set(counts.values())
+    assert all(count == (5 if ".layers.0." in name else 3) for name, count in counts.items())
+    model(torch.ones(1, 3, dtype=torch.long))
+
+
+def test_rank_and_alpha_may_differ_between_linears():
+    model = transformers.LlamaForCausalLM(plain("LlamaConfig")())
+    config = MoLEConfig(r=2, lora_alpha=4, rank_pattern={"up_proj": 3}, alpha_pattern={"layers.1.mlp.up_proj": 12})
+    model = get_peft_model(model, config)
+    up = [layer for name, layer in routed_layers(model).items() if name.endswith("up_proj")]
+    assert [layer.mole_A["default"].weight.shape[1] for layer in up] == [3, 3]
+    assert [layer.scaling["default"] for layer in up] == [4 / 3, 4.0]
+    model(torch.ones(1, 3, dtype=torch.long))
+
+
+def test_rank_stabilised_scaling_divides_by_the_root():
+    model = transformers.LlamaForCausalLM(plain("LlamaConfig")())
+    model = get_peft_model(model, MoLEConfig(r=4, lora_alpha=6, use_rslora=True))
+    assert {layer.scaling["default"] for layer in routed_layers(model).values()} == {3.0}
