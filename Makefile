@@ -31,12 +31,12 @@ $(BIN)/python:
 $(INSTALLED): | $(BIN)/python
 	@echo "Installing into $(VENV)/ (once; a few minutes)"
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[test]'
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 
 $(QUALITY_INSTALLED): $(INSTALLED)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[quality]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[quality]'
 	@rm -f $(VENV)/.quality-*
 	@touch $@
 
@@ -64,12 +64,12 @@ test-floor:  ## the fast tests on the oldest supported versions, in .venv-floor/
 
 .venv-floor/.installed-$(KEY): setup.py
 	@$(PYTHON) -m venv .venv-floor
-	@.venv-floor/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]' $$($(PYTHON) tests/floors.py)
+	@.venv-floor/bin/python -m pip install -qq --disable-pip-version-check -e '.[test]' $$($(PYTHON) tests/floors.py)
 	@rm -f .venv-floor/.installed-*
 	@touch $@
 
 bench: $(INSTALLED)  ## compare the kernel backends with plain LoRA and write the table
-	@$(OFFLINE) $(BIN)/python -m benchmarks
+	@$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python benchmarks/lora_experts.py --name cpu_fp32
 
 quality: $(QUALITY_INSTALLED)  ## lint, format check and types
 	@$(BIN)/ruff check $(SOURCES)
@@ -81,7 +81,7 @@ style: $(QUALITY_INSTALLED)  ## fix what the linter and the formatter can
 	@$(BIN)/ruff format $(SOURCES)
 
 build: $(INSTALLED)  ## the wheel, in dist/
-	@$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	@$(BIN)/python -m pip wheel -qq --disable-pip-version-check --no-deps --wheel-dir dist .
 	@ls dist
 
 clean:  ## remove caches and build products; keeps .venv/ and the downloaded models

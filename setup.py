@@ -11,22 +11,22 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "src/peft_moe/_version.py")
 README = ROOT / "README.md"
 
 REQUIRED = [
-    "accelerate>=1.1.0",
-    "datasets>=4.0.0",
+    "accelerate>=1.4.0",
+    "datasets>=4.7.0",
     "evaluate>=0.4.6",
-    "huggingface_hub>=1.3.0",
+    "huggingface_hub>=1.5.0",
     "peft>=0.21.0",
     "safetensors>=0.4.3",
     "scikit-learn>=1.5.0",
-    "torch>=2.6.0",
-    "transformers>=5.0.0",
+    "torch>=2.7.0",
+    "transformers>=5.10.1",
 ]
 
 EXTRAS = {
     "cluster": ["sentence-transformers>=5.2.0"],
     "plots": ["matplotlib>=3.8"],
     "flash-attn": ["flash-attn>=2.7"],
-    "triton": ["triton>=3.2; platform_system == 'Linux'"],
+    "triton": ["triton>=3.3; platform_system == 'Linux'"],
     "quantization": ["bitsandbytes>=0.48"],
     "trl": ["trl>=1.0.0"],
 }
@@ -47,7 +47,7 @@ EXTRAS["docs"] = ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"]
 setup(
     name="peft_moe",
     version=VERSION,
-    description="Mixture-of-experts tuners for Hugging Face PEFT: MoLE, MoCLE, MoExtend and MoE-LLaVA.",
+    description="Mixture-of-experts tuners for Hugging Face PEFT",
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
     author="The peft_moe authors",

@@ -94,19 +94,23 @@ def ours(problem: Problem, backend: str) -> Forward:
 
 
 def expert_loop(problem: Problem) -> Forward:
-    """A loop over experts as MoE-PEFT writes it: mask, gather, two products, weigh, `index_add_`."""
+    """A loop over experts as MoE-PEFT writes it, reduced to one linear: the base output is sliced per expert.
+
+    The gates then weigh the base output too, so this is another function than the op, and no check compares the two.
+    The loop that computes the op itself is the backend `eager`.
+    """
 
     def forward(hidden_states: torch.Tensor) -> torch.Tensor:
         base_out = problem.base(hidden_states)
-        update = torch.zeros(base_out.shape, dtype=torch.float32)
+        result = torch.zeros(base_out.shape, dtype=torch.float32)
         mask = nn.functional.one_hot(problem.top_k_index, problem.shape.num_experts).permute(2, 1, 0)
         for expert in range(problem.shape.num_experts):
             slot, token = torch.where(mask[expert])
             rows = hidden_states[None, token].reshape(-1, hidden_states.shape[-1])
-            out = (rows @ problem.A[expert].T) @ problem.B[expert] * problem.scaling
-            out = out * problem.top_k_weights[token, slot, None]
-            update.index_add_(0, token, out.float())
-        return base_out + update.to(base_out.dtype)
+            update = (rows @ problem.A[expert].T) @ problem.B[expert] * problem.scaling
+            out = base_out[None, token].reshape(-1, base_out.shape[-1]) + update
+            result.index_add_(0, token, (out * problem.top_k_weights[token, slot, None]).float())
+        return result.to(base_out.dtype)
 
     return forward
 
@@ -132,7 +136,7 @@ def can_run(problem: Problem, backend: str) -> bool:
     """Whether a backend takes the cell; `gather` only where its copies stay below the size of a large layer."""
     shape = problem.shape
     copied = shape.num_tokens * shape.top_k * shape.rank * (shape.in_features + shape.out_features)
-    if backend == "eager" or (backend == "gather" and copied > 2**24):
+    if backend == "gather" and copied > 2**22:
         return False
     try:
         explain(**shape_arguments(shape), dtype=problem.dtype, backend=backend)

@@ -101,8 +101,22 @@ def measure(shape: Shape, dtype: torch.dtype, budget_s: float, only: list[str] |
         "rounds": len(times["base"]),
         "errors": errors,
         "median_ms": {name: statistics.median(values) for name, values in times.items()},
+        "peak_mib": {name: round(peak_mib(problem, entries[name]), 2) for name in ("base", "peft_r", "auto")},
         "iqr_ms": {name: iqr(values) for name, values in times.items()},
     }
+
+
+def peak_mib(problem: Problem, forward: Forward) -> float:
+    """Most memory that one step holds beyond what was there before it, in MiB."""
+    clear_gradients(problem, forward)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step(problem, forward)
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak / 2**20
 
 
 def iqr(values: list[float]) -> float:
@@ -113,7 +127,9 @@ def iqr(values: list[float]) -> float:
 
 def hardware() -> dict[str, str]:
     """Model of the processor, without the name of the machine."""
-    models = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    models = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
     return {"device": "cpu", "processor": models[0] if models else platform.processor(), "cores": str(len(models))}
 
 

@@ -54,7 +54,7 @@ class Sizes:
     layers: int = 3
     heads: int = 4
     max_length: int = 88
-    pretrain_steps: int = 2000
+    pretrain_steps: int = 1500
     pretrain_batch: int = 16
     steps: int = 150
     rows_per_domain_and_step: int = 4
@@ -107,9 +107,9 @@ def mole(name: str, gate: str, *, k: int = 1, factor: float = 1.0, is_core: bool
 ST = "straight_through"
 ARMS = (
     lora(RANK),
+    Arm("oracle: lora r4 per domain", {"num_experts": 1}, is_oracle=True, is_core=True),
     lora(2 * RANK),
     lora(NUM_EXPERTS * RANK),
-    Arm("oracle: lora r4 per domain", {"num_experts": 1}, is_oracle=True, is_core=True),
     mole("top-1 none", "none", is_core=True),
     mole("top-1 st", ST, is_core=True),
     mole("top-1 prob", "prob", is_core=True),

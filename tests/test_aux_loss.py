@@ -11,11 +11,11 @@ import copy
 import pytest
 import torch
 from peft import get_peft_model
-from tiny_models import tiny_llama, token_batch
 from transformers import Trainer, TrainingArguments
 
 from peft_moe import MoLEConfig, get_aux_loss, set_aux_loss_scale
 from peft_moe.routing import TopKRouter
+from tiny_models import tiny_llama, token_batch
 
 
 COEF = 0.5

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_models import tiny_llama, token_batch
 from transformers import Trainer, TrainingArguments
 
 from peft_moe import MoLEConfig, router_parameter_groups
+from tiny_models import tiny_llama, token_batch
 
 
 def test_trainer_uses_both_learning_rates(tmp_path):
@@ -16,9 +16,7 @@ def test_trainer_uses_both_learning_rates(tmp_path):
     batch = token_batch(4)
     rows = [{key: value[i] for key, value in batch.items()} for i in range(4)]
     args = TrainingArguments(str(tmp_path), max_steps=2, report_to=[], use_cpu=True, save_strategy="no")
-    Trainer(
-        model, args, train_dataset=rows, optimizer_cls_and_kwargs=(torch.optim.AdamW, {"params": groups})
-    ).train()
+    Trainer(model, args, train_dataset=rows, optimizer_cls_and_kwargs=(torch.optim.AdamW, {"params": groups})).train()
     for name, parameter in model.named_parameters():
         has_moved = not torch.equal(parameter, before[name])
         assert has_moved == ("mole_router" in name), name

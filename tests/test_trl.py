@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from test_aux_loss import COEF, assert_same, build, expected_gradient, gradients, label_share
-from tiny_models import token_batch, tiny_tokenizer
+from tiny_models import tiny_tokenizer, token_batch
 
 
 trl = pytest.importorskip("trl", reason="trl is not installed")
@@ -116,6 +117,8 @@ def test_grpo_trains_experts_and_routers(tmp_path):
         processing_class=tiny_tokenizer(),
     )
     trainer.train()
-    moved = {name for name, p in trainer.model.named_parameters() if name in before and not torch.equal(p, before[name])}
+    moved = {
+        name for name, p in trainer.model.named_parameters() if name in before and not torch.equal(p, before[name])
+    }
     assert any("mole_router" in name for name in moved)
     assert any("mole_B" in name for name in moved)

@@ -121,7 +121,9 @@ def blip2_config() -> transformers.PretrainedConfig:
     small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     return transformers.Blip2Config(
         vision_config=transformers.Blip2VisionConfig(**small, image_size=16, patch_size=8).to_dict(),
-        qformer_config=transformers.Blip2QFormerConfig(**small, encoder_hidden_size=16, vocab_size=VOCABULARY).to_dict(),
+        qformer_config=transformers.Blip2QFormerConfig(
+            **small, encoder_hidden_size=16, vocab_size=VOCABULARY
+        ).to_dict(),
         text_config=opt_config().to_dict(),
         num_query_tokens=4,
         image_token_index=3,
@@ -196,7 +198,9 @@ ARCHITECTURES = [
     Architecture("gptj", own("GPTJConfig", **GPT2, rotary_dim=4), "GPTJForCausalLM", "fc_in fc_out"),
     Architecture("gpt_neox", plain("GPTNeoXConfig"), "GPTNeoXForCausalLM", "dense_h_to_4h dense_4h_to_h"),
     Architecture("gpt_bigcode", own("GPTBigCodeConfig", **GPT2), "GPTBigCodeForCausalLM", "c_fc c_proj"),
-    Architecture("codegen", own("CodeGenConfig", **{**GPT2, "n_head": 4}, rotary_dim=4), "CodeGenForCausalLM", "fc_in fc_out"),
+    Architecture(
+        "codegen", own("CodeGenConfig", **{**GPT2, "n_head": 4}, rotary_dim=4), "CodeGenForCausalLM", "fc_in fc_out"
+    ),
     Architecture(
         "bloom",
         own("BloomConfig", vocab_size=VOCABULARY, hidden_size=16, n_layer=2, n_head=2),
@@ -274,9 +278,7 @@ ARCHITECTURES = [
         sequence_pair,
     ),
     Architecture("mt5", own("MT5Config", **T5), "MT5ForConditionalGeneration", "wi_0 wi_1 wo", 4, sequence_pair),
-    Architecture(
-        "bart", own("BartConfig", **SEQ2SEQ), "BartForConditionalGeneration", "fc1 fc2", 4, sequence_pair
-    ),
+    Architecture("bart", own("BartConfig", **SEQ2SEQ), "BartForConditionalGeneration", "fc1 fc2", 4, sequence_pair),
     Architecture(
         "whisper",
         own("WhisperConfig", **SEQ2SEQ, num_mel_bins=8, max_source_positions=16, max_target_positions=16),

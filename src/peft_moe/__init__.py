@@ -2,8 +2,18 @@
 
 from ._version import __version__
 from .aux_loss import get_aux_loss, set_aux_loss_scale
+from .monitoring import ExpertLoadCallback, record_expert_load
 from .optimization import router_parameter_groups
 from .tuners import MoLEConfig, MoLEModel
 
 
-__all__ = ["MoLEConfig", "MoLEModel", "__version__", "get_aux_loss", "router_parameter_groups", "set_aux_loss_scale"]
+__all__ = [
+    "ExpertLoadCallback",
+    "MoLEConfig",
+    "MoLEModel",
+    "__version__",
+    "get_aux_loss",
+    "record_expert_load",
+    "router_parameter_groups",
+    "set_aux_loss_scale",
+]

@@ -19,21 +19,22 @@ data parallelism included, and logged losses stay those of the task.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves
 
-from .losses import RoutingStatistics, load_balancing_loss, router_z_loss, routing_statistics
+from .aux_gradient import (
+    AttachAuxLoss,
+    AuxLossFunction,
+    GradientSource,
+    InjectAuxLoss,
+    PassWeight,
+    UpstreamGradient,
+)
+from .losses import RoutingStatistics, load_balancing_loss, router_z_loss
 from .recording import ForwardPass, RoutingRecorder, get_recorder
-
-
-AuxLossFunction = Callable[[list[RoutingStatistics]], torch.Tensor]
 
 
 def weighted_aux_loss(
@@ -67,7 +68,7 @@ class AuxLoss:
         """Arrange that backward learns the weight of this pass; under `torch.compile`, add to the loss instead."""
         if not forward_pass.has_gradient or not (forward_pass.records.keys() & self.functions.keys()):
             return output
-        weight = _PassWeight(
+        weight = PassWeight(
             label_share=self._label_share(forward_pass),
             label_mask=output.get("label_mask") if isinstance(output, dict) else None,
             num_items=forward_pass.inputs.get("num_items_in_batch"),
@@ -76,7 +77,7 @@ class AuxLoss:
         if torch.compiler.is_compiling():
             return self._attach(recorder, forward_pass, output, weight)
         for name, tensor in _differentiable_outputs(output):
-            tensor.register_hook(_UpstreamGradient(name, recorder, forward_pass, weight))
+            tensor.register_hook(UpstreamGradient(name, recorder, forward_pass, weight))
         return output
 
     def inject(
@@ -108,8 +109,8 @@ class AuxLoss:
         if record_name is None:
             return hidden_states
         mask = forward_pass.token_mask(shape, is_decoder=is_decoder, router_logits=router_logits)
-        source = _GradientSource(self.functions[adapter_name], forward_pass, adapter_name, record_name)
-        return _InjectAuxLoss.apply(hidden_states, router_logits, top_k_index, mask, source)  # type: ignore[no-any-return]
+        source = GradientSource(self.functions[adapter_name], forward_pass, adapter_name, record_name)
+        return InjectAuxLoss.apply(hidden_states, router_logits, top_k_index, mask, source)  # type: ignore[no-any-return]
 
     def total(self, statistics: dict[str, dict[str, RoutingStatistics]]) -> torch.Tensor | None:
         """Sum of the weighted auxiliary losses over adapters, a scalar, or `None` if no adapter has one."""
@@ -131,7 +132,7 @@ class AuxLoss:
             return 1.0
         return labels.ne(-100).sum() / num_items
 
-    def _attach(self, recorder: RoutingRecorder, forward_pass: ForwardPass, output: Any, weight: _PassWeight) -> Any:
+    def _attach(self, recorder: RoutingRecorder, forward_pass: ForwardPass, output: Any, weight: PassWeight) -> Any:
         """What a compiled graph can hold instead of hooks: the auxiliary loss hangs on one of the outputs."""
         total = self.total(recorder.live_statistics())
         outputs = dict(_differentiable_outputs(output))
@@ -139,178 +140,13 @@ class AuxLoss:
         if total is None or name is None:
             return output
         forward_pass.aux_loss.is_claimed = True
-        attached = _AttachAuxLoss.apply(outputs[name], total, name, weight)
+        attached = AttachAuxLoss.apply(outputs[name], total, name, weight)
         if isinstance(output, dict):
             output[name] = attached
             return output
         if isinstance(output, tuple):
             return tuple(attached if value is outputs[name] else value for value in output)
         return attached
-
-
-class _GradientSource:
-    """Knows the gradient of one adapter's auxiliary loss with respect to the statistics of one router."""
-
-    def __init__(
-        self, function: AuxLossFunction, forward_pass: ForwardPass, adapter_name: str, router_name: str
-    ) -> None:
-        self.function = function
-        self.forward_pass = forward_pass
-        self.adapter_name = adapter_name
-        self.router_name = router_name
-
-    @property
-    def is_silent(self) -> bool:
-        return self.forward_pass.aux_loss.is_claimed
-
-    def scaled(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gradients for `probability_sums` `(B, E)` and `squared_logsumexp_sums` `(B,)`, times the pass's weight."""
-        state = self.forward_pass.aux_loss
-        if self.adapter_name not in state.gradients:
-            state.gradients[self.adapter_name] = self._differentiate()
-        scale = 1.0 if state.scale is None else state.scale
-        if isinstance(scale, torch.Tensor):
-            scale = scale.to(device)
-        gradient = state.gradients[self.adapter_name][self.router_name]
-        return gradient.probability_sums * scale, gradient.squared_logsumexp_sums * scale
-
-    def _differentiate(self) -> dict[str, RoutingStatistics]:
-        records = self.forward_pass.records[self.adapter_name]
-        leaves = {
-            name: RoutingStatistics(
-                entry.expert_counts,
-                entry.probability_sums.detach().requires_grad_(),
-                entry.squared_logsumexp_sums.detach().requires_grad_(),
-                entry.num_tokens,
-            )
-            for name, entry in records.items()
-        }
-        inputs = [t for entry in leaves.values() for t in (entry.probability_sums, entry.squared_logsumexp_sums)]
-        with torch.enable_grad():
-            gradients = torch.autograd.grad(
-                self.function(list(leaves.values())), inputs, allow_unused=True, materialize_grads=True
-            )
-        pairs = zip(gradients[::2], gradients[1::2], strict=True)
-        return {
-            name: RoutingStatistics(entry.expert_counts, probability, squared_logsumexp, entry.num_tokens)
-            for (name, entry), (probability, squared_logsumexp) in zip(leaves.items(), pairs, strict=True)
-        }
-
-
-class _InjectAuxLoss(torch.autograd.Function):
-    """Identity on the hidden states; in backward, a gradient for the router logits."""
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        hidden_states: torch.Tensor,
-        router_logits: torch.Tensor,
-        top_k_index: torch.Tensor,
-        token_mask: torch.Tensor,
-        source: _GradientSource,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(router_logits, top_k_index)
-        ctx.token_mask = token_mask
-        ctx.source = source
-        return hidden_states.view_as(hidden_states)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        router_logits, top_k_index = ctx.saved_tensors
-        if ctx.source.is_silent:
-            return gradient, torch.zeros_like(router_logits), None, None, None
-        upstream = ctx.source.scaled(router_logits.device)
-        with torch.enable_grad():
-            leaf = router_logits.detach().requires_grad_()
-            statistics = routing_statistics(leaf, top_k_index, ctx.token_mask)
-            outputs = (statistics.probability_sums, statistics.squared_logsumexp_sums)
-            (router_gradient,) = torch.autograd.grad(outputs, leaf, upstream)
-        return gradient, router_gradient, None, None, None
-
-
-class _PassWeight:
-    """How much a forward pass weighs in the objective, given the gradient of one of its outputs: the table on top."""
-
-    def __init__(
-        self,
-        *,
-        label_share: torch.Tensor | float,
-        label_mask: torch.Tensor | None,
-        num_items: torch.Tensor | float | None,
-        stated: torch.Tensor | float | None,
-    ) -> None:
-        self.label_share = label_share
-        self.label_mask = label_mask
-        self.num_items = num_items
-        self.stated = stated
-
-    def of(self, name: str, gradient: torch.Tensor) -> torch.Tensor | float:
-        """`name` is that of the output, `gradient` has its shape."""
-        if name == "loss":
-            return gradient.sum() * self.label_share
-        if self.stated is not None:
-            return self.stated
-        if name == "log_probs":
-            return _scale_of_negative_log_likelihood(gradient, self.label_mask)
-        if name == "logits" and self.num_items is not None:
-            num_processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-            return gradient.ne(0).any(dim=-1).sum() * num_processes / self.num_items
-        return 1.0
-
-
-class _UpstreamGradient:
-    """Tensor hook on one output of the base model: tells the pass that its backward began, and how much it weighs.
-
-    Refers to the recorder weakly: the graph must not keep alive what keeps the graph alive.
-    """
-
-    def __init__(
-        self, name: str, recorder: RoutingRecorder, forward_pass: ForwardPass, weight: _PassWeight
-    ) -> None:
-        self.name = name
-        self.recorder = weakref.ref(recorder)
-        self.forward_pass = forward_pass
-        self.weight = weight
-
-    def __call__(self, gradient: torch.Tensor) -> None:
-        recorder = self.recorder()
-        if recorder is not None:
-            recorder.in_backward = self.forward_pass
-            recorder.live = {}
-        state = self.forward_pass.aux_loss
-        if self.name == "loss" or state.scale is None:
-            state.scale = self.weight.of(self.name, gradient)
-
-
-class _AttachAuxLoss(torch.autograd.Function):
-    """Identity on an output of the model; in backward, the weight of the pass becomes the auxiliary loss's gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, output: torch.Tensor, aux_loss: torch.Tensor, name: str, weight: _PassWeight) -> torch.Tensor:  # type: ignore[override]
-        ctx.name, ctx.weight = name, weight
-        return output.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        weight = torch.as_tensor(ctx.weight.of(ctx.name, gradient), dtype=torch.float32, device=gradient.device)
-        return gradient, weight, None, None
-
-
-def _scale_of_negative_log_likelihood(gradient: torch.Tensor, label_mask: torch.Tensor | None) -> torch.Tensor:
-    """-Σ of the gradient over the labels if it is the same negative number everywhere, 0 without labels, else 1.
-
-    Args:
-        gradient (`torch.Tensor` of shape `(B, S)`): gradient of the log-probability of each label.
-        label_mask (`torch.Tensor` of the same shape, *optional*): where there is a label; elsewhere the gradient means
-            nothing.
-    """
-    is_label = gradient.ne(0) if label_mask is None else label_mask & gradient.ne(0)
-    smallest = torch.where(is_label, gradient, torch.inf).min()
-    largest = torch.where(is_label, gradient, -torch.inf).max()
-    is_likelihood = (smallest == largest) & (smallest < 0)
-    scale = torch.where(is_likelihood, -(gradient * is_label).sum(), 1.0)
-    return torch.where(is_label.any(), scale, 0.0)
 
 
 def _differentiable_outputs(output: Any) -> list[tuple[str, torch.Tensor]]:

@@ -36,6 +36,17 @@ class RoutingStatistics:
     squared_logsumexp_sums: torch.Tensor
     num_tokens: torch.Tensor
 
+    def to(self, device: torch.device) -> RoutingStatistics:
+        """The same on another device, for routers of a model that is spread over several."""
+        if self.num_tokens.device == device:
+            return self
+        return RoutingStatistics(
+            self.expert_counts.to(device),
+            self.probability_sums.to(device),
+            self.squared_logsumexp_sums.to(device),
+            self.num_tokens.to(device),
+        )
+
 
 def routing_statistics(
     router_logits: torch.Tensor, top_k_index: torch.Tensor, token_mask: torch.Tensor | None = None
@@ -96,6 +107,7 @@ def load_balancing_loss(statistics: Sequence[RoutingStatistics], *, loss_type: s
     """
     if loss_type not in AUX_LOSS_TYPES:
         raise ValueError(f"Unknown load-balancing loss {loss_type!r}. Choose one of {', '.join(AUX_LOSS_TYPES)}.")
+    statistics = _on_one_device(statistics)
     if loss_type == "switch":
         return torch.stack([_switch_loss(entry) for entry in statistics]).mean()
     num_experts = {entry.expert_counts.shape[-1] for entry in statistics}
@@ -113,8 +125,15 @@ def load_balancing_loss(statistics: Sequence[RoutingStatistics], *, loss_type: s
 
 def router_z_loss(statistics: Sequence[RoutingStatistics]) -> torch.Tensor:
     """Mean over routers of the mean over tokens of `logsumexp(logits)²`, which keeps logits small (ST-MoE, eq. 5)."""
-    means = [entry.squared_logsumexp_sums.sum() / entry.num_tokens.sum().clamp(min=1) for entry in statistics]
+    means = [
+        entry.squared_logsumexp_sums.sum() / entry.num_tokens.sum().clamp(min=1)
+        for entry in _on_one_device(statistics)
+    ]
     return torch.stack(means).mean()
+
+
+def _on_one_device(statistics: Sequence[RoutingStatistics]) -> list[RoutingStatistics]:
+    return [entry.to(statistics[0].num_tokens.device) for entry in statistics]
 
 
 def _switch_loss(entry: RoutingStatistics) -> torch.Tensor:

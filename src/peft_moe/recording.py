@@ -89,9 +89,9 @@ class ForwardPass:
         mask = self.inputs.get("decoder_attention_mask" if is_decoder else "attention_mask")
         if isinstance(mask, torch.Tensor) and mask.dim() == 2:
             if len(shape) == 1 and mask.numel() == shape[0]:
-                return mask
+                return mask.ne(0)
             if len(shape) == 2 and mask.shape[0] == shape[0] and mask.shape[1] >= shape[1]:
-                return mask[:, -shape[1] :]
+                return mask[:, -shape[1] :].ne(0)
         return router_logits.new_ones(*(shape if len(shape) == 2 else (1, router_logits.shape[0])))
 
     def record_name(self, adapter_name: str, router_name: str) -> str | None:
@@ -148,12 +148,13 @@ class RoutingRecorder:
             self.live = {}
 
     def end(self, output: Any) -> Any:
-        """Close the pass, tell the listeners, and return the model's output."""
+        """Close the pass, tell the listeners, and return the model's output (`None` where its forward raised)."""
         finished, self.current = self.current, None
         if finished is None:
             return output
         finished.is_open = False
-        if not finished.records:
+        forward_raised = output is None
+        if forward_raised or not finished.records:
             return output
         if finished.has_gradient:
             self.latest = finished

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import cache
 
 import pytest
 import torch
@@ -39,6 +40,13 @@ def call(backend: str, case: KernelCase, inputs: dict[str, torch.Tensor], **chan
     return lora_experts(**{**inputs, "plan": plan, "scaling": case.scaling, "backend": backend, **changes})
 
 
+@cache
+def oracle_says(name: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    case = CASES[name]
+    inputs, grad_out = make_inputs(case, dtype), make_grad_out(case, dtype)
+    return outputs_and_gradients(inputs, make_index(case), case.scaling, grad_out)
+
+
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     assert found.shape == expected.shape
     if expected.numel() == 0 or not expected.any():
@@ -56,8 +64,7 @@ def gradients(out: torch.Tensor, inputs: dict[str, torch.Tensor], grad_out: torc
 def test_backend_agrees_with_the_oracle(backend: str, dtype: torch.dtype, name: str) -> None:
     case = CASES[name]
     skip_unless_supported(backend, case, dtype)
-    inputs, grad_out = make_inputs(case, dtype), make_grad_out(case, dtype)
-    expected = outputs_and_gradients(inputs, make_index(case), case.scaling, grad_out)
+    inputs, grad_out, expected = make_inputs(case, dtype), make_grad_out(case, dtype), oracle_says(name, dtype)
     out = call(backend, case, inputs)
     found = {"out": out, **gradients(out, inputs, grad_out)}
     errors = {key: relative_error(found[key].detach(), expected[key]) for key in expected}
@@ -167,7 +174,11 @@ def test_leading_dimensions_are_kept(backend: str) -> None:
     case = dataclasses.replace(CASES["top_2"], num_tokens=6)
     skip_unless_supported(backend, case, torch.float32)
     inputs = make_inputs(case, torch.float32)
-    deep = {**inputs, "hidden_states": inputs["hidden_states"].view(2, 3, -1), "base_out": inputs["base_out"].view(2, 3, -1)}
+    deep = {
+        **inputs,
+        "hidden_states": inputs["hidden_states"].view(2, 3, -1),
+        "base_out": inputs["base_out"].view(2, 3, -1),
+    }
     out = call(backend, case, deep)
     assert out.shape == (2, 3, case.out_features)
     torch.testing.assert_close(out.flatten(0, 1), call(backend, case, inputs))

@@ -35,7 +35,9 @@ def test_no_mistake_is_no_distance() -> None:
     [
         pytest.param({"scaling": 1.0}, id="missing_scale"),
         pytest.param({"top_k_weights": None}, id="missing_weights"),
-        pytest.param({"top_k_weights": make_inputs(CASE, torch.float64)["top_k_weights"].flip(1)}, id="swapped_weights"),
+        pytest.param(
+            {"top_k_weights": make_inputs(CASE, torch.float64)["top_k_weights"].flip(1)}, id="swapped_weights"
+        ),
         pytest.param({"index": (make_index(CASE) + 1) % CASE.num_experts}, id="shifted_experts"),
         pytest.param({"index": make_index(CASE)[:, :1].expand(-1, 2)}, id="first_expert_twice"),
         pytest.param({"index": torch.cat([make_index(CASE)[1:], make_index(CASE)[:1]])}, id="off_by_one_token"),

@@ -10,8 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from peft_moe.kernels import BACKENDS, ENVIRONMENT_VARIABLE, DispatchPlan, backend_report, explain, lora_experts
-from peft_moe.kernels import selection
+from peft_moe.kernels import (
+    BACKENDS,
+    ENVIRONMENT_VARIABLE,
+    DispatchPlan,
+    backend_report,
+    explain,
+    lora_experts,
+    selection,
+)
 from peft_moe.kernels.backend import discover
 
 
@@ -78,7 +85,14 @@ def test_environment_variable_never_falls_back(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
 def test_auto_finds_a_backend_for_everything(num_tokens: int, top_k: int, dtype: torch.dtype, device: str) -> None:
     experts = 8 if top_k else 1
-    case = {**SHAPE, "num_tokens": num_tokens, "top_k": top_k, "num_experts": experts, "dtype": dtype, "device": device}
+    case = {
+        **SHAPE,
+        "num_tokens": num_tokens,
+        "top_k": top_k,
+        "num_experts": experts,
+        "dtype": dtype,
+        "device": device,
+    }
     first, second = explain(**case), explain(**case)
     assert first == second and first.backend in BACKENDS and first.because
 
@@ -118,7 +132,11 @@ def test_report_names_every_backend_and_a_reason() -> None:
 def test_auto_compiles_whole(with_plan: bool) -> None:
     given = arguments()
     if not with_plan:
-        given |= {"plan": None, "A": given["A"][:1].detach().requires_grad_(), "B": given["B"][:1].detach().requires_grad_()}
+        given |= {
+            "plan": None,
+            "A": given["A"][:1].detach().requires_grad_(),
+            "B": given["B"][:1].detach().requires_grad_(),
+        }
         given["top_k_weights"] = None
     plan, index = given.pop("plan"), torch.tensor([[0, 2]] * 6)
     names = [name for name, value in given.items() if value is not None]

@@ -7,11 +7,11 @@ import torch
 import transformers
 from peft import get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from tiny_architectures import ARCHITECTURES, PLAIN, plain
 from torch import nn
 
 from peft_moe import MoLEConfig
 from peft_moe.tuners.mole import Linear
+from tiny_architectures import ARCHITECTURES, PLAIN, plain
 
 
 # in PEFT's table, but in no row here, and why
@@ -39,7 +39,8 @@ def routed_layers(model) -> dict[str, Linear]:
 def test_every_mlp_gets_experts_that_learn(architecture):
     batch = architecture.inputs()
     with torch.no_grad():
-        expected = outputs_of(architecture.build(), batch)
+        # frozen, as an adapted model is: nn.MultiheadAttention then takes another path
+        expected = outputs_of(architecture.build().requires_grad_(False), batch)
     model = get_peft_model(architecture.build(), MoLEConfig(r=2, num_experts=3, init_lora_weights=False))
 
     layers = routed_layers(model)
@@ -86,7 +87,9 @@ def test_shared_expert_of_a_mixture_gets_experts():
     assert len(routed_layers(model)) == 6
 
 
-@pytest.mark.parametrize("target_modules", [None, ["linear1", "linear2"], ["out_proj"]], ids=["default", "mlp", "attention"])
+@pytest.mark.parametrize(
+    "target_modules", [None, ["linear1", "linear2"], ["out_proj"]], ids=["default", "mlp", "attention"]
+)
 def test_layers_of_torch_that_skip_their_linears_are_refused(target_modules):
     layer = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True)
     model = nn.TransformerEncoder(layer, 2)
@@ -108,14 +111,17 @@ class CustomMLP(nn.Module):
 
 
 def test_custom_module_is_adapted_by_name_with_one_router_per_parent():
-    model = get_peft_model(CustomMLP(), MoLEConfig(r=2, target_modules=["widen", "narrow"], init_lora_weights=False))
-    layers = routed_layers(model)
-    assert [("default" in layer.mole_router) for layer in layers.values()] == [True, False]
+    model = nn.Sequential(CustomMLP(), nn.Linear(4, 8), CustomMLP())
+    config = MoLEConfig(r=2, target_modules=["widen", "narrow"], init_lora_weights=False)
     x = torch.randn(5, 8)
+    expected = model(x)
+    model = get_peft_model(model, config)
+    layers = routed_layers(model)
+    assert [("default" in layer.mole_router) for layer in layers.values()] == [True, False, True, False]
     model(x).square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
     with model.disable_adapter():
-        assert torch.equal(model(x), model.get_base_model()(x))
+        assert torch.equal(model(x), expected)
 
 
 def test_custom_module_without_names_says_what_to_do():
@@ -125,7 +131,9 @@ def test_custom_module_without_names_says_what_to_do():
 
 def test_target_modules_take_a_regular_expression():
     model = plain("LlamaConfig")()
-    model = get_peft_model(transformers.LlamaForCausalLM(model), MoLEConfig(r=2, target_modules=r".*\.1\.mlp\..*_proj"))
+    model = get_peft_model(
+        transformers.LlamaForCausalLM(model), MoLEConfig(r=2, target_modules=r".*\.1\.mlp\..*_proj")
+    )
     assert len(routed_layers(model)) == 3
 
 

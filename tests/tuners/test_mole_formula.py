@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_models import tiny_llama, token_batch
 
 from peft_moe import MoLEConfig
 from peft_moe.tuners.mole import Linear
 from peft_moe.tuners.mole import layer as mole_layer
+from tiny_models import tiny_llama, token_batch
 
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -95,7 +95,9 @@ def test_mlp_and_its_gradients_are_those_of_the_formula(settings, top_k):
             assert ours is None or not ours.any(), name
         else:
             # routers compute in float32
-            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                ours, theirs, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+            )
 
 
 def test_fresh_adapter_leaves_the_output_as_it_is_to_the_bit():
@@ -107,11 +109,12 @@ def test_fresh_adapter_leaves_the_output_as_it_is_to_the_bit():
 
 def test_one_expert_is_plain_lora():
     batch = token_batch()
-    lora = get_peft_model(
-        tiny_llama(), LoraConfig(r=3, lora_alpha=6, target_modules=LINEARS, init_lora_weights=False)
-    )
+    lora = get_peft_model(tiny_llama(), LoraConfig(r=3, lora_alpha=6, target_modules=LINEARS, init_lora_weights=False))
     model = get_peft_model(
-        tiny_llama(), MoLEConfig(num_experts=1, r=3, lora_alpha=6, lora_dropout=0.0, target_modules=LINEARS, lora_target_modules=None)
+        tiny_llama(),
+        MoLEConfig(
+            num_experts=1, r=3, lora_alpha=6, lora_dropout=0.0, target_modules=LINEARS, lora_target_modules=None
+        ),
     )
     for name, module in model.named_modules():
         if isinstance(module, Linear):
@@ -205,7 +208,9 @@ def test_dropout_acts_on_experts_and_not_on_routers():
     mlp = model.get_base_model().model.layers[0].mlp
     x = torch.randn(2, 7, 32)
     logits = []
-    mlp.gate_proj.mole_router["default"].register_forward_hook(lambda _, __, output: logits.append(output.router_logits))
+    mlp.gate_proj.mole_router["default"].register_forward_hook(
+        lambda _, __, output: logits.append(output.router_logits)
+    )
     first, second = mlp(x), mlp(x)
     assert torch.equal(*logits)
     assert not torch.equal(first, second)
@@ -242,21 +247,21 @@ def test_experts_start_as_lora_does():
     A = layer.mole_A["default"].weight
     bound = 1 / math.sqrt(32)
     assert A.abs().max() <= bound
-    assert A.std() == pytest.approx(bound / math.sqrt(3), rel=0.1)
+    assert A.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
     assert not torch.equal(A[0], A[1])
 
 
 def test_gaussian_init_has_the_width_of_lora():
     model = build(init_lora_weights="gaussian")
     layer = model.get_base_model().model.layers[0].mlp.gate_proj
-    assert layer.mole_A["default"].weight.std() == pytest.approx(1 / 3, rel=0.15)
+    assert layer.mole_A["default"].weight.std().item() == pytest.approx(1 / 3, rel=0.15)
     assert not layer.mole_B["default"].weight.any()
 
 
 def test_router_init_std_is_respected():
     model = build(router_init_std=0.5, num_experts=8)
     router = model.get_base_model().model.layers[0].mlp.gate_proj.mole_router["default"]
-    assert router.weight.std() == pytest.approx(0.5, rel=0.15)
+    assert router.weight.std().item() == pytest.approx(0.5, rel=0.15)
     assert not router.bias.any()
 
 
@@ -288,3 +293,28 @@ def test_linears_called_with_other_tokens_are_refused():
     mlp.gate_proj(torch.randn(1, 3, 32))
     with pytest.raises(RuntimeError, match=r"received 4 tokens.*routed 3.*router_scope=.module"):
         mlp.up_proj(torch.randn(1, 4, 32))
+
+
+@pytest.mark.parametrize("where", ["base_layer", "mlp"])
+def test_outputs_that_a_hook_keeps_are_not_overwritten(where):
+    model = build()
+    mlp = model.get_base_model().model.layers[0].mlp
+    kept = []
+    module = mlp.gate_proj.base_layer if where == "base_layer" else mlp.gate_proj
+    module.register_forward_hook(lambda _, __, output: kept.append((output, output.detach().clone())))
+    model(**token_batch()).loss.backward()
+    (output, copy), *_ = kept
+    assert torch.equal(output, copy)
+
+
+def test_the_adapted_output_may_be_changed_in_place():
+    model = build()
+    layer = model.get_base_model().model.layers[0].mlp.gate_proj
+    x = torch.randn(2, 3, 32)
+    changed = layer(x)
+    changed += 1
+    changed.sum().backward()
+    in_place = layer.mole_B["default"].weight.grad.clone()
+    layer.mole_B["default"].weight.grad = None
+    (layer(x) + 1).sum().backward()
+    assert torch.equal(layer.mole_B["default"].weight.grad, in_place)

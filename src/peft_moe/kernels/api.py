@@ -67,8 +67,9 @@ def lora_experts(
             [30.]])
     """
     case = check_arguments(hidden_states, base_out, A, B, plan, top_k_weights)
-    run = backend_for(backend, case).run
-    if plan is None:
+    chosen = backend_for(backend, case)
+    run = chosen.run
+    if plan is None and chosen.needs_plan:
         plan = DispatchPlan.single_expert(case.num_tokens, A.device)
     if A.dtype == torch.float64 and top_k_weights is not None:
         top_k_weights = top_k_weights.double()
@@ -85,7 +86,7 @@ def call(
     A: torch.Tensor,
     B: torch.Tensor,
     top_k_weights: torch.Tensor | None,
-    plan: DispatchPlan,
+    plan: DispatchPlan | None,
     scaling: float,
     inplace: bool,
 ) -> torch.Tensor:

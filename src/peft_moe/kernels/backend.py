@@ -8,17 +8,26 @@ import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 
 from .case import Case
-from .plan import DispatchPlan
 
 
 # (hidden_states, base_out, A, B, top_k_weights, plan, scaling, inplace) -> out of the shape of base_out; the first four
 # have one dtype and device; hidden_states and base_out have any leading dimensions
 Run = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None", DispatchPlan, float, bool],
+    [
+        torch.Tensor,
+        torch.Tensor,
+        torch.Tensor,
+        torch.Tensor,
+        "torch.Tensor | None",
+        Any,
+        float,
+        bool,
+    ],
     torch.Tensor,
 ]
 
@@ -50,6 +59,8 @@ class Backend:
             Whether it can run this shape, dtype and device, and why (not).
         traces_fullgraph (`bool`):
             Whether `torch.compile(fullgraph=True)` can trace it.
+        needs_plan (`bool`):
+            Whether ordinary LoRA reaches it with a plan that sends every token to expert 0; `False` to get `None`.
     """
 
     name: str
@@ -58,6 +69,7 @@ class Backend:
     is_usable: Callable[[], tuple[bool, str]] = always_usable
     supports: Callable[[Case], tuple[bool, str]] = supports_everything
     traces_fullgraph: bool = False
+    needs_plan: bool = True
 
 
 def discover(package: ModuleType) -> dict[str, Backend]:

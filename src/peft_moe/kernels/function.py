@@ -39,7 +39,7 @@ class _LoraExperts(torch.autograd.Function):
         A: torch.Tensor,
         B: torch.Tensor,
         top_k_weights: torch.Tensor | None,
-        plan: DispatchPlan,
+        plan: DispatchPlan | None,
         scaling: float,
         inplace: bool,
         kernel: tuple[Forward, Backward],
@@ -60,25 +60,29 @@ class _LoraExperts(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         needs = Needs(ctx.needs_input_grad[0], *ctx.needs_input_grad[2:5])
         grad_base = grad_out if ctx.needs_input_grad[1] else None
         grads: tuple[torch.Tensor | None, ...] = (None, None, None, None)
         if any(needs):
             hidden_states, A, B, weights, projected = ctx.saved_tensors
-            with torch.autocast(grad_out.device.type, enabled=False):
-                grads = ctx.backward_kernel(
-                    rows_of(grad_out).contiguous(),
-                    None if hidden_states is None else rows_of(hidden_states),
-                    A,
-                    B,
-                    weights,
-                    projected,
-                    ctx.plan,
-                    ctx.scaling,
-                    needs,
-                )
+            arguments = (
+                rows_of(grad_out).contiguous(),
+                None if hidden_states is None else rows_of(hidden_states),
+                A,
+                B,
+                weights,
+                projected,
+                ctx.plan,
+                ctx.scaling,
+                needs,
+            )
+            if torch.is_autocast_enabled(grad_out.device.type):
+                with torch.autocast(grad_out.device.type, enabled=False):
+                    grads = ctx.backward_kernel(*arguments)
+            else:
+                grads = ctx.backward_kernel(*arguments)
         grad_hidden_states = None if grads[0] is None else grads[0].view(ctx.hidden_states_shape)
         return (grad_hidden_states, grad_base, *grads[1:], None, None, None, None)
 
@@ -97,8 +101,12 @@ def flattened(
     return base_out if inplace else out.view(base_out.shape), projected
 
 
-def differentiable(forward: Forward, backward: Backward) -> Run:
-    """Make the `run` of a backend from its forward and backward. Double backward raises."""
+def differentiable(forward: Forward, backward: Backward, *, is_traceable: bool = False) -> Run:
+    """Make the `run` of a backend from its forward and backward. Double backward raises.
+
+    `is_traceable` promises that `forward` is made of differentiable operations: under `torch.compile` it is then traced
+    as it stands, and the compiler derives and fuses the backward.
+    """
     kernel = (forward, backward)
 
     def run(
@@ -107,11 +115,13 @@ def differentiable(forward: Forward, backward: Backward) -> Run:
         A: torch.Tensor,
         B: torch.Tensor,
         top_k_weights: torch.Tensor | None,
-        plan: DispatchPlan,
+        plan: DispatchPlan | None,
         scaling: float,
         inplace: bool,
     ) -> torch.Tensor:
         arguments = (hidden_states, base_out, A, B, top_k_weights, plan, scaling, inplace)
+        if is_traceable and torch.compiler.is_compiling():
+            return flattened(forward, *arguments)[0]
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:5]):
             out: torch.Tensor = _LoraExperts.apply(*arguments, kernel)  # type: ignore[no-untyped-call]
             return out

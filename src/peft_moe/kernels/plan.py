@@ -43,7 +43,7 @@ class DispatchPlan:
             )
         if num_experts < 1:
             raise ValueError(f"DispatchPlan needs num_experts >= 1, but got {num_experts}. Pass the router's E.")
-        return cls(top_k_index.detach(), num_experts)
+        return cls(top_k_index, num_experts)
 
     @classmethod
     def single_expert(cls, num_tokens: int, device: torch.device) -> DispatchPlan:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -92,7 +92,7 @@ def shape_class(case: Case) -> str:
     return case._replace(num_tokens=tokens).describe().replace("tokens=", "tokens<=", 1)
 
 
-@lru_cache(maxsize=None)
+@cache
 def log_once(backend: str, because: str, described: str) -> None:
     """Log a choice of `auto`, the first time that it is made."""
     logger.info("kernel backend auto -> %s: %s [%s]", backend, because, described)

@@ -64,7 +64,9 @@ def problems(
             f"hidden_states is {hidden_states.shape[-1]} wide, but A takes {A.shape[-1]}. Pass the input of this layer."
         )
     if B.shape[:2] != A.shape[:2]:
-        found.append(f"A {tuple(A.shape)} and B {tuple(B.shape)} differ in experts or rank. B is (E, R, O), rank first.")
+        found.append(
+            f"A {tuple(A.shape)} and B {tuple(B.shape)} differ in experts or rank. B is (E, R, O), rank first."
+        )
     if base_out.shape != (*hidden_states.shape[:-1], B.shape[-1]):
         found.append(
             f"base_out is {tuple(base_out.shape)}, but hidden_states {tuple(hidden_states.shape)} and B need "
@@ -72,7 +74,9 @@ def problems(
         )
     dtypes = (hidden_states.dtype, A.dtype, B.dtype)
     if len(set(dtypes)) > 1:
-        found.append(f"hidden_states, A and B are {dtypes}. Cast hidden_states with .to(A.dtype), and keep A and B alike.")
+        found.append(
+            f"hidden_states, A and B are {dtypes}. Cast hidden_states with .to(A.dtype), and keep A and B alike."
+        )
     devices = {str(tensor.device) for tensor in (hidden_states, base_out, A, B)}
     if len(devices) > 1:
         found.append(f"the tensors are on {sorted(devices)}. Move them to one device.")

@@ -122,7 +122,7 @@ class TopKRouter(nn.Module):
             return RouterOutput(router_logits, index, torch.softmax(router_logits, dim=-1))
         # softmax is monotonic: the choice can be made on logits, and mode "none" never needs probabilities
         top_logits, top_k_index = torch.topk(router_logits, self.top_k, dim=-1)
-        if self.gate_scale == "none":
+        if self.gate_scale == "none" or (self.gate_scale == "straight_through" and not router_logits.requires_grad):
             return RouterOutput(router_logits, top_k_index, None)
         chosen = top_logits - torch.logsumexp(router_logits, dim=-1, keepdim=True)
         weights = top_k_weights(chosen, gate_scale=self.gate_scale, normalize=self.normalize_top_k)

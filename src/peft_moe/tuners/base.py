@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
@@ -30,6 +33,29 @@ def check_checkpoint_format(found: int, *, method: str) -> None:
         raise ValueError(
             f"This {method} adapter has checkpoint format {found}, but this version of peft_moe reads up to "
             f"{CHECKPOINT_FORMAT}. It was written by a newer version: run `pip install --upgrade peft-moe`."
+        )
+
+
+def refuse_reentrant_checkpointing_under_ddp(recorder: RoutingRecorder) -> None:
+    """Raise where DDP would fail in backward with a message about parameters that are ready twice.
+
+    Reentrant checkpointing runs the first forward of a block without gradients inside a pass that has them. DDP's search
+    for unused parameters then counts the parameters of each block several times.
+
+    Raises:
+        RuntimeError: with what to set instead.
+    """
+    forward_pass = recorder.current
+    if torch.is_grad_enabled() or forward_pass is None or not forward_pass.has_gradient:
+        return
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    ddp = nn.parallel.DistributedDataParallel._get_active_ddp_module()
+    if ddp is not None and ddp.find_unused_parameters:
+        raise RuntimeError(
+            "Reentrant gradient checkpointing does not work under DistributedDataParallel with "
+            "find_unused_parameters=True (what Trainer sets for a PeftModel): backward would fail. Use "
+            'gradient_checkpointing_kwargs={"use_reentrant": False}, or ddp_find_unused_parameters=False.'
         )
 
 
@@ -94,6 +120,16 @@ class MoeTuner(BaseTuner):
         """Delete an adapter and its auxiliary loss."""
         super().delete_adapter(adapter_name)
         self.aux_loss.functions.pop(adapter_name, None)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Refuse `adapter_names`, which PEFT drops without a word where a tuner does not handle it."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                f"{type(self).__name__} cannot use another adapter for each sample, but got adapter_names="
+                f"{kwargs['adapter_names']}. Split the batch, and call set_adapter before each part."
+            )
+        yield
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)

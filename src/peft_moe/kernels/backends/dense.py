@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from ..backend import Backend
-from ..function import Needs, differentiable, flattened
+from ..function import Needs, differentiable
 from ..plan import DispatchPlan
 
 
@@ -76,28 +76,9 @@ def backward(
     return grad_x, grad_A, grad_B, grad_weights
 
 
-_run_by_hand = differentiable(forward, backward)
-
-
-def run(
-    hidden_states: torch.Tensor,
-    base_out: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    top_k_weights: torch.Tensor | None,
-    plan: DispatchPlan,
-    scaling: float,
-    inplace: bool,
-) -> torch.Tensor:
-    """Run with the derivative by hand, or, under `torch.compile`, with the one that the compiler derives and fuses."""
-    if torch.compiler.is_compiling():
-        return flattened(forward, hidden_states, base_out, A, B, top_k_weights, plan, scaling, inplace)[0]
-    return _run_by_hand(hidden_states, base_out, A, B, top_k_weights, plan, scaling, inplace)
-
-
 BACKEND = Backend(
     name="dense",
     summary="masked dense products over all experts; no sort, no sync, compiles whole",
-    run=run,
+    run=differentiable(forward, backward, is_traceable=True),
     traces_fullgraph=True,
 )

@@ -19,7 +19,7 @@ def run(
     inplace: bool,
 ) -> torch.Tensor:
     """`out_t = base_out_t + Σ_k scaling · w_tk · B_e A_e x_t` with `e = top_k_index[t, k]`."""
-    out = base_out if inplace else base_out.clone()
+    out = base_out if inplace else base_out.clone(memory_format=torch.contiguous_format)
     rows, hidden_states = out.view(-1, out.shape[-1]), hidden_states.reshape(-1, hidden_states.shape[-1])
     for expert in range(plan.num_experts):
         token, slot = torch.where(plan.top_k_index == expert)

@@ -20,7 +20,10 @@ def supports(case: Case) -> tuple[bool, str]:
     """Only while the copies of the experts stay small."""
     copied = case.num_tokens * max(case.top_k, 1) * case.rank * (case.in_features + case.out_features)
     if copied > MAX_COPIED_ELEMENTS:
-        return False, f"it copies the chosen experts for each token, here {copied} elements (limit {MAX_COPIED_ELEMENTS})"
+        return (
+            False,
+            f"it copies the chosen experts for each token, here {copied} elements (limit {MAX_COPIED_ELEMENTS})",
+        )
     return True, f"copies {copied} elements"
 
 

@@ -29,7 +29,10 @@ def supports(case: Case) -> tuple[bool, str]:
     widths = {"in_features": case.in_features, "out_features": case.out_features, "rank": case.rank}
     odd = [f"{name}={width}" for name, width in widths.items() if width % multiple]
     if odd:
-        return False, f"torch's grouped_mm needs widths that are multiples of {multiple} in {case.dtype}, but {odd} are not"
+        return (
+            False,
+            f"torch's grouped_mm needs widths that are multiples of {multiple} in {case.dtype}, but {odd} are not",
+        )
     return True, "dtype and widths fit"
 
 
@@ -47,7 +50,11 @@ def row_weights(plan: DispatchPlan, weights_TK: torch.Tensor | None, scaling: fl
 
 
 def combined(rows_NW: torch.Tensor, plan: DispatchPlan, onto_TW: torch.Tensor | None) -> torch.Tensor:
-    """Sum the K rows of each token, slot by slot and so in the same order every time."""
+    """Sum the K rows of each token, always in the same order: on CUDA slot by slot, as its `index_add_` is not."""
+    if rows_NW.device.type == "cpu":
+        if onto_TW is None:
+            onto_TW = rows_NW.new_zeros(plan.num_tokens, rows_NW.shape[1])
+        return onto_TW.index_add_(0, plan.token_of_row, rows_NW)
     for slot in range(plan.top_k):
         of_slot_TW = rows_NW.index_select(0, plan.row_of_pair[:, slot])
         onto_TW = of_slot_TW if onto_TW is None else onto_TW.add_(of_slot_TW)

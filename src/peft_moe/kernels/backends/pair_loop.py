@@ -21,7 +21,10 @@ MAX_PAIRS = 64
 def supports(case: Case) -> tuple[bool, str]:
     """Only a few pairs, and only on the CPU, because the chosen experts are read by the host."""
     if case.device != "cpu":
-        return False, f"it reads the chosen experts on the host and is for 'cpu', but the tensors are on {case.device!r}"
+        return (
+            False,
+            f"it reads the chosen experts on the host and is for 'cpu', but the tensors are on {case.device!r}",
+        )
     pairs = case.num_tokens * max(case.top_k, 1)
     if pairs > MAX_PAIRS:
         return False, f"it is for at most {MAX_PAIRS} (token, expert) pairs, but there are {pairs}"
@@ -41,14 +44,16 @@ def forward(
     """Weight and scaling are applied inside of the second product."""
     out_TO = base_TO if inplace else base_TO.clone()
     weights = None if weights_TK is None else weights_TK.tolist()
-    rank = A.shape[1]
-    projected_T1C = A.new_empty(plan.num_tokens, 1, plan.top_k * rank)
+    num_tokens, top_k = plan.top_k_index.shape
+    projected_N1R = A.new_empty(num_tokens * top_k, 1, A.shape[1])
+    columns = iter(projected_N1R.unbind(0))
     for token, experts in enumerate(plan.top_k_index.tolist()):
-        x, out, columns = x_TD[token].unsqueeze(0), out_TO[token].unsqueeze(0), projected_T1C[token]
-        for slot, (expert, h) in enumerate(zip(experts, torch.split_with_sizes(columns, [rank] * plan.top_k, dim=1))):
+        # a slice costs as much as a small product, and decoding has one token
+        x, out = (x_TD, out_TO) if num_tokens == 1 else (x_TD[token : token + 1], out_TO[token : token + 1])
+        for slot, (expert, h) in enumerate(zip(experts, columns)):
             torch.mm(x, A[expert].t(), out=h)
             out.addmm_(h, B[expert], alpha=scaling if weights is None else scaling * weights[token][slot])
-    return out_TO, projected_T1C
+    return out_TO, projected_N1R.view(num_tokens, 1, top_k * A.shape[1])
 
 
 BACKEND = Backend(

@@ -69,6 +69,8 @@ def backward(
 BACKEND = Backend(
     name="plain",
     summary="ordinary LoRA, hand-fused; chosen where there is no dispatch",
-    run=differentiable(forward, backward),
+    run=differentiable(forward, backward, is_traceable=True),
     supports=supports,
+    traces_fullgraph=True,
+    needs_plan=False,
 )

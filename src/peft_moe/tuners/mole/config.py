@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ...kernels import validate_name
 from ...losses import AUX_LOSS_TYPES
 from ...routing.top_k import GATE_SCALES
 from ..base import MoeTunerConfig, check_checkpoint_format, raise_config_problems
@@ -159,11 +161,12 @@ class MoLEConfig(MoeTunerConfig):
             if isinstance(value, list):
                 setattr(self, name, set(value))
         raise_config_problems("MoLEConfig", self._problems())
+        self.router_dtype = "float32"
 
     def _problems(self) -> list[str]:
         """Everything that is wrong, in words that say what to do."""
         problems = [
-            f"{name} must be at least 1, but is {value}."
+            f"{name} must be a whole number of at least 1, but is {value!r}."
             for name, value in {"num_experts": self.num_experts, "top_k": self.top_k, "r": self.r}.items()
             if not _is_positive_int(value)
         ]
@@ -172,20 +175,28 @@ class MoLEConfig(MoeTunerConfig):
                 f"top_k must be at most num_experts, but top_k is {self.top_k} and num_experts is "
                 f"{self.num_experts}. Lower top_k, or add experts."
             )
-        for name in ("num_experts_pattern", "rank_pattern"):
-            for key, value in (getattr(self, name) or {}).items():
+        problems += self._type_problems()
+        for name in ("num_experts_pattern", "rank_pattern", "alpha_pattern"):
+            pattern = getattr(self, name)
+            for key, value in (pattern if isinstance(pattern, dict) else {}).items():
                 problems += _pattern_problems(name, key, value)
+                if not _is_positive_int(self.top_k):
+                    continue
                 if name == "num_experts_pattern" and _is_positive_int(value) and value < self.top_k and not self.soft:
                     problems.append(f"num_experts_pattern[{key!r}] is {value}, which is less than top_k={self.top_k}.")
-        if not 0 <= self.lora_dropout < 1:
-            problems.append(f"lora_dropout must be in [0, 1), but is {self.lora_dropout}.")
-        if not 0 <= self.router_jitter_noise < 1:
-            problems.append(f"router_jitter_noise must be in [0, 1), but is {self.router_jitter_noise}.")
         problems += [
-            f"{name} must not be negative, but is {getattr(self, name)}."
-            for name in ("router_aux_loss_coef", "router_z_loss_coef", "router_init_std")
-            if getattr(self, name) is not None and getattr(self, name) < 0
+            f"{name} must be in [0, 1), but is {getattr(self, name)!r}."
+            for name in ("lora_dropout", "router_jitter_noise")
+            if not _is_number(getattr(self, name)) or not 0 <= getattr(self, name) < 1
         ]
+        problems += [
+            f"{name} must be a number and not negative, but is {getattr(self, name)!r}."
+            for name in ("router_aux_loss_coef", "router_z_loss_coef", "router_init_std")
+            if not (name == "router_init_std" and self.router_init_std is None)
+            and not (_is_number(getattr(self, name)) and 0 <= getattr(self, name) < math.inf)
+        ]
+        if not _is_number(self.lora_alpha) or not 0 < self.lora_alpha < math.inf:
+            problems.append(f"lora_alpha must be a positive number, but is {self.lora_alpha!r}.")
         choices = {
             "gate_scale": GATE_SCALES,
             "router_scope": ("mlp", "module"),
@@ -207,6 +218,10 @@ class MoLEConfig(MoeTunerConfig):
                 f"router_aux_loss_type={self.router_aux_loss_type!r} pools all routers and needs the same number of "
                 "experts everywhere. Use 'switch' together with num_experts_pattern."
             )
+        try:
+            validate_name(str(self.kernel_backend))
+        except ValueError as error:
+            problems.append(f"kernel_backend: {error}")
         if self.layers_pattern and self.layers_to_transform is None:
             problems.append("layers_pattern has no effect without layers_to_transform. Set both or neither.")
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
@@ -214,6 +229,26 @@ class MoLEConfig(MoeTunerConfig):
                 "layers_to_transform cannot be combined with a regular expression in target_modules. Put the layer "
                 "numbers into the expression, or give target_modules as a list."
             )
+        return problems
+
+    def _type_problems(self) -> list[str]:
+        """Fields of a type that nothing can be made of."""
+        problems = [
+            f"{name} must be True or False, but is {getattr(self, name)!r}."
+            for name in ("use_rslora", "soft", "normalize_top_k", "router_bias")
+            if not isinstance(getattr(self, name), bool)
+        ]
+        problems += [
+            f"{name} must be a dictionary from names to numbers, but is {getattr(self, name)!r}."
+            for name in ("num_experts_pattern", "rank_pattern", "alpha_pattern")
+            if getattr(self, name) is not None and not isinstance(getattr(self, name), dict)
+        ]
+        for name in ("target_modules", "lora_target_modules", "exclude_modules", "modules_to_save"):
+            value = getattr(self, name)
+            if value is None or (isinstance(value, str) and name != "modules_to_save"):
+                continue
+            if not isinstance(value, list | set | tuple) or not all(isinstance(entry, str) for entry in value):
+                problems.append(f"{name} must be a list of names, but is {value!r}.")
         return problems
 
     @classmethod
@@ -244,12 +279,19 @@ def _is_positive_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def _pattern_problems(name: str, key: str, value: Any) -> list[str]:
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _pattern_problems(name: str, key: Any, value: Any) -> list[str]:
     problems = []
-    if not _is_positive_int(value):
-        problems.append(f"{name}[{key!r}] must be at least 1, but is {value}.")
+    if name == "alpha_pattern":
+        if not _is_number(value) or not value > 0:
+            problems.append(f"{name}[{key!r}] must be a positive number, but is {value!r}.")
+    elif not _is_positive_int(value):
+        problems.append(f"{name}[{key!r}] must be at least 1, but is {value!r}.")
     try:
         re.compile(key)
-    except re.error as error:
+    except (re.error, TypeError) as error:
         problems.append(f"{name} has the key {key!r}, which is no regular expression: {error}.")
     return problems

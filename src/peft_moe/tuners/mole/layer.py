@@ -1,9 +1,8 @@
-"""A frozen linear with LoRA experts, and the decision that the linears of one MLP share."""
+"""A frozen linear with LoRA experts."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,64 +14,10 @@ from ...aux_loss import AuxLoss
 from ...kernels import DispatchPlan, lora_experts
 from ...recording import RoutingRecorder
 from ...routing import RouterOutput, TopKRouter
+from ..base import refuse_reentrant_checkpointing_under_ddp
 from ..experts import StackedWeight
 from .config import MoLEConfig
-
-
-@dataclass(frozen=True)
-class RoutedTokens:
-    """The decision for T tokens: a plan for the kernels and the weights of the experts (or `None`: all 1)."""
-
-    plan: DispatchPlan
-    top_k_weights: torch.Tensor | None
-
-
-class RouterScope:
-    """The linears that follow one router, in the order in which they were found; the first one owns the router.
-
-    The owner leaves its decision here in each forward, the others take it, each once. What is left over or missing shows
-    that the linears were not called as one MLP, which is an error and not a reason to guess.
-
-    Args:
-        name (`str`): name of the MLP (or of the linear, with `router_scope="module"`).
-        adapter_name (`str`): the adapter that this scope belongs to.
-    """
-
-    def __init__(self, name: str, adapter_name: str) -> None:
-        self.name = name
-        self.adapter_name = adapter_name
-        self.members: list[str] = []
-        self.num_experts = 0
-        self._routed: RoutedTokens | None = None
-        self._waiting: set[str] = set()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A decision belongs to a running forward; copies start without one."""
-        return {**self.__dict__, "_routed": None, "_waiting": set()}
-
-    def leave(self, routed: RoutedTokens) -> None:
-        """Called by the owner."""
-        self._waiting = set(self.members[1:])
-        self._routed = routed if self._waiting else None
-
-    def take(self, member: str, num_tokens: int) -> RoutedTokens:
-        """Called by every other member, for `num_tokens` tokens."""
-        routed = self._routed
-        if routed is None or member not in self._waiting:
-            raise RuntimeError(
-                f"'{member}' follows the router of '{self.members[0]}', but was called before it or twice in one "
-                "forward pass. This MLP does not call its linears in their usual order; use "
-                'MoLEConfig(router_scope="module"), which gives each linear its own router.'
-            )
-        if routed.plan.num_tokens != num_tokens:
-            raise RuntimeError(
-                f"'{member}' received {num_tokens} tokens, but the router of '{self.members[0]}' routed "
-                f'{routed.plan.num_tokens}. Use MoLEConfig(router_scope="module"), which gives each linear its own router.'
-            )
-        self._waiting.discard(member)
-        if not self._waiting:
-            self._routed = None
-        return routed
+from .scope import RoutedTokens, RouterScope
 
 
 class MoLELayer(BaseTunerLayer):
@@ -83,7 +28,15 @@ class MoLELayer(BaseTunerLayer):
     """
 
     adapter_layer_names: tuple[str, ...] = ("mole_A", "mole_B", "mole_router")
-    other_param_names: tuple[str, ...] = ("r", "lora_alpha", "scaling", "num_experts", "mole_dropout", "scopes", "backend")
+    other_param_names: tuple[str, ...] = (
+        "r",
+        "lora_alpha",
+        "scaling",
+        "num_experts",
+        "mole_dropout",
+        "scopes",
+        "backend",
+    )
 
     def __init__(self, base_layer: nn.Module, name: str, recorder: RoutingRecorder, aux_loss: AuxLoss) -> None:
         self.base_layer = base_layer
@@ -205,18 +158,29 @@ class Linear(nn.Module, MoLELayer):
         """`(..., D)` → `(..., O)`."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        result = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or self.merged:
-            return result
-        for adapter_name in self.active_adapters:
-            if adapter_name in self.mole_A:
-                result = self._add_experts(adapter_name, x, result)
-        return result
+        names = [] if self.disable_adapters or self.merged else [n for n in self.active_adapters if n in self.mole_A]
+        if not names:
+            return self.base_layer(x, *args, **kwargs)
+        owns_result = self._owns_result(args, kwargs)
+        # a linear returns a view for more than two axes, and only what is no view is cheap to overwrite
+        result = self.base_layer(x.reshape(-1, self.in_features) if owns_result else x, *args, **kwargs)
+        for adapter_name in names:
+            result = self._add_experts(adapter_name, x, result, inplace=owns_result)
+        return result.view(*x.shape[:-1], self.out_features) if owns_result else result
 
-    def _add_experts(self, adapter_name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+    def _owns_result(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether nobody else can see the output of the base layer, so that it may be overwritten."""
+        base = self.base_layer
+        is_plain = type(base) in (nn.Linear, Conv1D) and not args and not kwargs
+        is_watched = bool(base._forward_hooks or base._forward_pre_hooks)
+        return is_plain and not is_watched and not torch.compiler.is_compiling()
+
+    def _add_experts(
+        self, adapter_name: str, x: torch.Tensor, result: torch.Tensor, *, inplace: bool
+    ) -> torch.Tensor:
         A, B = self.mole_A[adapter_name](), self.mole_B[adapter_name]()
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else A.dtype
-        hidden_states = self._cast_input_dtype(x, dtype)
+        hidden_states = self._cast_input_dtype(x, dtype).reshape(*result.shape[:-1], self.in_features)
         routed = None
         if adapter_name in self.mole_router:
             routed, output = self._route(adapter_name, x)
@@ -232,19 +196,26 @@ class Linear(nn.Module, MoLELayer):
             )
         elif adapter_name in self.scopes:
             routed = self.scopes[adapter_name].take(self.name, x.shape[:-1].numel())
+        if self.training:
+            hidden_states = self.mole_dropout[adapter_name](hidden_states)
+        if A.dtype != dtype:
+            A, B = A.to(dtype), B.to(dtype)
         return lora_experts(
-            self.mole_dropout[adapter_name](hidden_states),
+            hidden_states,
             result,
-            A.to(hidden_states.dtype),
-            B.to(hidden_states.dtype),
+            A,
+            B,
             plan=None if routed is None else routed.plan,
             top_k_weights=None if routed is None else routed.top_k_weights,
             scaling=self.scaling[adapter_name],
             backend=self.backend[adapter_name],
+            inplace=inplace and not result._is_view(),
         )
 
     def _route(self, adapter_name: str, x: torch.Tensor) -> tuple[RoutedTokens, RouterOutput]:
         scope = self.scopes[adapter_name]
+        if self.training and not torch.compiler.is_compiling():
+            refuse_reentrant_checkpointing_under_ddp(self.recorder)
         output = self.mole_router[adapter_name](x.reshape(-1, self.in_features))
         _check_finite(output.router_logits, scope)
         is_training = self.training and adapter_name in self.aux_loss.functions
@@ -314,7 +285,7 @@ def _check_finite(router_logits: torch.Tensor, scope: RouterScope) -> None:
     """Stop where the model diverged, and not where an index made of NaN strikes; on a GPU without waiting for it."""
     if torch.compiler.is_compiling():
         return
-    is_finite = torch.isfinite(router_logits).all()
+    is_finite = torch.isfinite(router_logits.sum())
     message = (
         f"The router of '{scope.name}' (adapter {scope.adapter_name!r}) got logits that are not finite. The hidden states "
         "or the adapter contain NaN or infinity: lower the learning rate, clip gradients, or check the checkpoint."

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
 
@@ -23,7 +24,8 @@ from ..structure import (
     text_linear_names,
 )
 from .config import ATTENTION, MoLEConfig
-from .layer import Linear, MoLELayer, RouterScope
+from .layer import Linear, MoLELayer
+from .scope import RouterScope
 
 
 class MoLEModel(MoeTuner):
@@ -59,7 +61,8 @@ class MoLEModel(MoeTuner):
     def _prepare_adapter_config(self, peft_config: MoLEConfig, model_config: dict[str, Any]) -> MoLEConfig:
         linear_names = text_linear_names(self.model)
         if peft_config.target_modules is None:
-            peft_config.target_modules = _find_targets(linear_names, MLP_BLOCKS)
+            blocks = find_blocks(linear_names, MLP_BLOCKS)
+            peft_config.target_modules = self._select([name for block in blocks.values() for name in block])
             if not peft_config.target_modules:
                 raise ValueError(
                     f"MoLE found no MLP in {type(self.model).__name__}. It looks for linears with usual names such as "
@@ -77,7 +80,11 @@ class MoLEModel(MoeTuner):
             return None
         blocks = find_blocks(linear_names, ATTENTION_BLOCKS)
         names = [name for block in blocks.values() for name in block if not _is_routed(peft_config, name)]
-        return set(shorten(names, linear_names)) or None
+        return self._select(names) or None
+
+    def _select(self, names: list[str]) -> set[str]:
+        """What to put into a configuration to get exactly `names`: none of another tower of a multi-modal model."""
+        return set(shorten(names, [name for name, _ in self.model.named_modules()]))
 
     def _prepare_model(self, peft_config: MoLEConfig, model: nn.Module) -> None:
         """Check every target before the first one is touched, and find out which linears form an MLP."""
@@ -87,7 +94,8 @@ class MoLEModel(MoeTuner):
         self._scopes: dict[str, RouterScope] = {}
         if peft_config.target_modules == "all-linear":
             return
-        for name, module in model.named_modules():
+        num_experts_of: dict[str, tuple[str, int]] = {}
+        for name, module in _adaptable_modules(model):
             is_routed, is_lora = _is_routed(peft_config, name), _is_lora(peft_config, name)
             if is_routed and is_lora:
                 raise ValueError(
@@ -96,6 +104,20 @@ class MoLEModel(MoeTuner):
                 )
             if is_routed or is_lora:
                 check_target(model, name, base_of(module))
+            if is_routed:
+                block, num_experts = self._block_and_experts(peft_config, name)
+                first, expected = num_experts_of.setdefault(block, (name, num_experts))
+                if num_experts != expected:
+                    raise ValueError(
+                        f"num_experts_pattern gives '{name}' {num_experts} experts, but '{first}' {expected}, and both "
+                        f"follow the router of '{block}'. Use the name of the MLP as the key."
+                    )
+        if not num_experts_of:
+            raise ValueError(
+                f"No module of {type(model).__name__} gets experts: target_modules={_shown(peft_config.target_modules)} "
+                "matches nothing that exclude_modules and layers_to_transform leave. Compare the names with those of "
+                "model.named_modules(), or leave target_modules out to find the MLPs."
+            )
 
     @staticmethod
     def _check_target_module_exists(peft_config: MoLEConfig, key: str) -> Any:
@@ -133,23 +155,21 @@ class MoLEModel(MoeTuner):
         """The scope that a linear joins; `None` for an ordinary LoRA."""
         if not _is_routed(peft_config, name):
             return None
-        block = name
-        if peft_config.router_scope == "mlp":
-            block = self._block_of.get(name, name.rpartition(".")[0] or name)
-        num_experts = _by_pattern(peft_config.num_experts_pattern, name, None)
-        if num_experts is None:
-            num_experts = _by_pattern(peft_config.num_experts_pattern, block, peft_config.num_experts)
+        block, num_experts = self._block_and_experts(peft_config, name)
         if num_experts == 1:
             return None
         scope = self._scopes.setdefault(block, RouterScope(block, adapter_name))
-        if scope.members and scope.num_experts != num_experts:
-            raise ValueError(
-                f"num_experts_pattern gives '{name}' {num_experts} experts, but '{scope.members[0]}' {scope.num_experts}, "
-                f"and both follow the router of '{block}'. Use the name of the MLP as the key."
-            )
         scope.num_experts = num_experts
         scope.members.append(name)
         return scope
+
+    def _block_and_experts(self, peft_config: MoLEConfig, name: str) -> tuple[str, int]:
+        """Whose router a linear follows, and how many experts that has."""
+        block = name
+        if peft_config.router_scope == "mlp":
+            block = self._block_of.get(name, name.rpartition(".")[0] or name)
+        by_block = _by_pattern(peft_config.num_experts_pattern, block, peft_config.num_experts)
+        return block, _by_pattern(peft_config.num_experts_pattern, name, by_block)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge adapters that have a single expert everywhere; any other raises before anything is changed."""
@@ -169,6 +189,21 @@ class MoLEModel(MoeTuner):
                 for adapter_name in adapter_names or self.active_adapters:
                     if adapter_name in module.mole_A:
                         module.check_mergeable(adapter_name)
+
+
+def _adaptable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules but those inside a layer that has adapters already."""
+    inside = ""
+    for name, module in model.named_modules():
+        if not name or (inside and name.startswith(inside)):
+            continue
+        yield name, module
+        if isinstance(module, BaseTunerLayer):
+            inside = f"{name}."
+
+
+def _shown(target_modules: set[str] | list[str] | str | None) -> str:
+    return repr(target_modules if isinstance(target_modules, str) else sorted(target_modules or ()))
 
 
 def _is_routed(config: MoLEConfig, name: str) -> Any:
@@ -191,8 +226,3 @@ def _is_lora(config: MoLEConfig, name: str) -> Any:
 
 def _by_pattern(pattern: dict[str, Any], name: str, default: Any) -> Any:
     return pattern.get(get_pattern_key(list(pattern), name), default)
-
-
-def _find_targets(linear_names: list[str], block_kinds: tuple[tuple[str, ...], ...]) -> set[str]:
-    names = [name for block in find_blocks(linear_names, block_kinds).values() for name in block]
-    return set(shorten(names, linear_names))

@@ -1,0 +1,204 @@
+"""The main job from end to end: fine-tune SmolLM2 with a mixture of LoRA experts, measure, save, reload, plot.
+
+Run it by `make demo`. It takes a few minutes on two cores, shows its progress, and goes on where it was interrupted.
+Results are written to `outputs/mole_demo/`: `adapter/`, `report.json`, `expert_load.json` and `expert_load.png`.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from peft_moe import ExpertLoadCallback, MoLEConfig
+from peft_moe.monitoring import plot_expert_load
+
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+from evaluation import count_expert_load, evaluate_answers  # noqa: E402
+
+from domains import CLOSED_DOMAINS, DOMAINS, collator, load_domains  # noqa: E402
+from pretrained import smollm2_path  # noqa: E402
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", default="outputs/mole_demo")
+    parser.add_argument("--model_name_or_path", default=None, help="a local folder or a Hub id; default: SmolLM2")
+    parser.add_argument("--steps", type=int, default=48)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--rows", type=int, default=96, help="training rows per domain")
+    parser.add_argument("--eval_rows", type=int, default=16, help="held-back rows per domain")
+    parser.add_argument("--max_length", type=int, default=160, help="longest row, in tokens")
+    parser.add_argument("--restart", action="store_true", help="throw away what an earlier run has left")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    started = time.perf_counter()
+    output = Path(options.output_dir)
+    if options.restart:
+        shutil.rmtree(output, ignore_errors=True)
+    output.mkdir(parents=True, exist_ok=True)
+    remember = Memory(output / "report.json", vars(options))
+
+    model_path = options.model_name_or_path or str(smollm2_path())
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    train_set, eval_sets = load_domains(
+        tokenizer, rows_per_domain=options.rows, eval_rows_per_domain=options.eval_rows, max_length=options.max_length
+    )
+    print(f"{len(train_set)} training rows, {options.eval_rows} held-back rows in each of {len(DOMAINS)} domains")
+
+    def measure(model: Any) -> dict[str, float]:
+        return evaluate_answers(model, tokenizer, eval_sets, num_generated_rows=options.eval_rows)
+
+    before = remember("before", lambda: measure(load_base(model_path)))
+    remember("seconds_per_step", lambda: compare_step_times(model_path, train_set, tokenizer, options.batch_size))
+
+    set_seed(0)
+    model = get_peft_model(load_base(model_path), mole_config())
+    trainable, total = model.get_nb_trainable_parameters()
+    remember("trainable_share", lambda: trainable / total)
+    train(model, tokenizer, train_set, options, output)
+    model.save_pretrained(output / "adapter")
+
+    after = remember("after", lambda: measure(model))
+    load = count_expert_load(model, tokenizer, eval_sets)
+    (output / "expert_load_by_domain.json").write_text(json.dumps(load.to_dict(), indent=1))
+    plot_expert_load(load, output / "expert_load.png")
+    remember("reload_is_bit_equal", lambda: reloads_bit_equal(model, tokenizer, output))
+    prompt = eval_sets["boolq"][0]["prompt"]
+    answer = generate(model, tokenizer, prompt)
+    print_report(before, after, remember.found, load.summary().to_dict())
+    print(f"\nA question it has not seen:\n{prompt.strip()}\n→ {answer}")
+    print(
+        f"\nAll results are in {output}/ (adapter/, report.json, expert_load.png). {time.perf_counter() - started:.0f} s"
+    )
+    if not remember.found["reload_is_bit_equal"]:
+        sys.exit("The reloaded adapter gives other logits than the trained one.")
+
+
+class Memory:
+    """Keeps results in a file, so that an interrupted run does not compute them again."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.path = path
+        settings = {key: value for key, value in settings.items() if key != "restart"}
+        self.found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"settings": settings}
+        if self.found["settings"] != settings:
+            raise SystemExit(f"{path.parent} holds a run with other settings: use --restart, or another --output_dir.")
+
+    def __call__(self, name: str, compute: Callable[[], Any]) -> Any:
+        if name not in self.found:
+            self.found[name] = compute()
+            self.path.write_text(json.dumps(self.found, indent=1))
+        return self.found[name]
+
+
+def load_base(model_path: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(model_path, dtype="float32")
+
+
+def mole_config() -> MoLEConfig:
+    return MoLEConfig(num_experts=4, r=8, lora_alpha=16, task_type="CAUSAL_LM")
+
+
+def train(model: PeftModel, tokenizer: Any, train_set: Any, options: argparse.Namespace, output: Path) -> None:
+    """The plain Trainer; takes up the newest checkpoint if there is one."""
+    args = TrainingArguments(
+        str(output / "checkpoints"),
+        max_steps=options.steps,
+        per_device_train_batch_size=options.batch_size,
+        learning_rate=1e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=4,
+        logging_steps=8,
+        save_steps=8,
+        save_total_limit=1,
+        report_to=[],
+        use_cpu=not torch.cuda.is_available(),
+    )
+    trainer = Trainer(
+        model,
+        args,
+        train_dataset=train_set,
+        data_collator=collator(tokenizer),
+        callbacks=[ExpertLoadCallback()],
+    )
+    checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def compare_step_times(model_path: str, train_set: Any, tokenizer: Any, batch_size: int) -> dict[str, float]:
+    """Median seconds of a training step with MoLE and with plain LoRA of the same rank on the same linears."""
+    mole = get_peft_model(load_base(model_path), mole_config())
+    config = mole.peft_config["default"]
+    targets = sorted(config.target_modules | config.lora_target_modules)
+    lora = LoraConfig(
+        r=8, lora_alpha=16, lora_dropout=config.lora_dropout, target_modules=targets, task_type="CAUSAL_LM"
+    )
+    models = {"mole": mole, "lora": get_peft_model(load_base(model_path), lora)}
+    rows = [{name: row[name] for name in ("input_ids", "attention_mask", "labels")} for row in train_set]
+    batch = collator(tokenizer)(rows[:batch_size])
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(4):
+        for name, model in models.items():
+            model.train()
+            start = time.perf_counter()
+            model(**batch).loss.backward()
+            times[name].append(time.perf_counter() - start)
+            model.zero_grad()
+    return {name: statistics.median(found[1:]) for name, found in times.items()}
+
+
+def reloads_bit_equal(model: PeftModel, tokenizer: Any, output: Path) -> bool:
+    """Whether a fresh process that loads the saved adapter computes the very same logits."""
+    batch = dict(tokenizer(["The capital of France is", "Answer with yes or no."], return_tensors="pt", padding=True))
+    with torch.no_grad():
+        expected = model.eval()(**batch).logits
+    save_file({**batch, "num_threads": torch.tensor(torch.get_num_threads())}, output / "batch.safetensors")
+    files = [str(output / "adapter"), str(output / "batch.safetensors"), str(output / "logits.safetensors")]
+    subprocess.run([sys.executable, str(HERE / "reload.py"), *files], check=True)
+    return torch.equal(load_file(files[2])["logits"], expected)
+
+
+def generate(model: PeftModel, tokenizer: Any, prompt: str) -> str:
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+    tokens = model.generate(**inputs, max_new_tokens=24, do_sample=False)
+    return tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def print_report(
+    before: dict[str, float], after: dict[str, float], found: dict[str, Any], load: dict[str, Any]
+) -> None:
+    print(f"\n{'domain':<16}{'answer NLL':>12}{'after':>9}{'exact match':>14}{'after':>9}")
+    for domain in DOMAINS:
+        key = f"exact_match_{domain}"
+        match = f"{before[key]:>14.0%}{after[key]:>9.0%}" if domain in CLOSED_DOMAINS else f"{'–':>14}{'–':>9}"
+        key = f"answer_nll_{domain}"
+        print(f"{domain:<16}{before[key]:>12.3f}{after[key]:>9.3f}{match}")
+    print(f"{'mean':<16}{before['answer_nll']:>12.3f}{after['answer_nll']:>9.3f}", end="")
+    print(f"{before['exact_match']:>14.0%}{after['exact_match']:>9.0%}")
+    seconds = found["seconds_per_step"]
+    print(f"\ntrainable share    {found['trainable_share']:.2%}")
+    print(f"training step      {seconds['mole']:.2f} s, plain LoRA {seconds['lora']:.2f} s", end="")
+    print(f" ({seconds['mole'] / seconds['lora']:.2f}x)")
+    print("expert load        " + ", ".join(f"{name} {value}" for name, value in load.items()))
+    print(f"reload             {'bit-equal logits in a new process' if found['reload_is_bit_equal'] else 'DIFFERS'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Tuners on quantised base models: the base layer is only called, so every kind takes the same path."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import AutoModelForCausalLM
+from tuner_cases import one_case_per_tuner
+
+
+def bitsandbytes_config(**settings):
+    if importlib.util.find_spec("bitsandbytes") is None:
+        pytest.skip("bitsandbytes is not installed: pip install 'peft_moe[quantization]'")
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(**settings)
+
+
+def nf4():
+    return bitsandbytes_config(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+
+
+def int8():
+    return bitsandbytes_config(load_in_8bit=True)
+
+
+def torchao_int8():
+    if importlib.util.find_spec("torchao") is None:
+        pytest.skip("torchao is not installed")
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig())
+
+
+KINDS = {
+    "nf4": (nf4, "Linear4bit"),
+    "int8": (int8, "Linear8bitLt"),
+    "torchao-int8": (torchao_int8, "Linear"),
+}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def quantised(case, kind, folder):
+    """The base model of a case with quantised linears; its weights are the same in every call."""
+    make, class_name = KINDS[kind]
+    config = make()
+    if not (folder / "config.json").exists():
+        case.model(hidden_size=64, intermediate_size=128).save_pretrained(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map={"": "cpu"})
+    assert type(model.model.layers[0].mlp.up_proj).__name__ == class_name
+    return model
+
+
+@every_kind
+@one_case_per_tuner
+def test_quantised_model_trains_and_comes_back_to_the_bit(case, kind, tmp_path):
+    model = quantised(case, kind, tmp_path / "base")
+    base = case.logits(model.eval())
+    model = get_peft_model(prepare_model_for_kbit_training(model, use_gradient_checkpointing=False), case.config())
+    with model.eval().disable_adapter():
+        assert torch.equal(case.logits(model), base)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+    model.train()
+    losses = []
+    for _ in range(4):
+        loss = model(**case.batch()).loss
+        loss.backward()
+        assert all(p.grad is not None for p in parameters)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    expected = case.logits(model.eval())
+    model.save_pretrained(tmp_path / "adapter")
+    fresh = prepare_model_for_kbit_training(quantised(case, kind, tmp_path / "base"), use_gradient_checkpointing=False)
+    loaded = PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
+    assert torch.equal(case.logits(loaded), expected)
+
+
+@every_kind
+@one_case_per_tuner
+def test_quantised_model_trains_with_checkpointing(case, kind, tmp_path):
+    found = []
+    for is_checkpointed in (False, True):
+        model = prepare_model_for_kbit_training(
+            quantised(case, kind, tmp_path / "base"),
+            use_gradient_checkpointing=is_checkpointed,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+        )
+        torch.manual_seed(7)
+        model = get_peft_model(model, case.config()).train()
+        model(**case.batch()).loss.backward()
+        found.append([p.grad for p in model.parameters() if p.requires_grad])
+    for plain, checkpointed in zip(*found, strict=True):
+        torch.testing.assert_close(checkpointed, plain, rtol=1e-4, atol=1e-7)
+
+
+@every_kind
+@one_case_per_tuner
+def test_quantised_base_layers_are_kept_as_they_are(case, kind, tmp_path):
+    model = quantised(case, kind, tmp_path / "base")
+    layers = {name: module for name, module in model.named_modules() if "proj" in name}
+    model = get_peft_model(model, case.config())
+    adapted = {
+        name.removeprefix("base_model.model."): module.get_base_layer()
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer)
+    }
+    assert adapted
+    assert all(layers[name] is module for name, module in adapted.items())
+    assert all(module is layers[name] for name, module in model.unload().named_modules() if name in layers)

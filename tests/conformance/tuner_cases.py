@@ -1,0 +1,72 @@
+"""The table of tuners that the conformance tests run over. A new tuner joins with one row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import nn
+
+from peft_moe import MoLEConfig
+from tiny_models import tiny_llama, token_batch
+
+
+@dataclass(frozen=True)
+class TunerCase:
+    """One row.
+
+    Args:
+        name (`str`): how the tests are called.
+        tuner (`str`): the name that the tuner is registered by.
+        config (`Callable`): makes the configuration of a causal language model; takes overrides. Adapters have to
+            change the output from the start, and must not draw random numbers.
+        other_config (`Callable`): another one for the same model, with other shapes.
+        model (`Callable`): makes the base model.
+        batch (`Callable`): makes its input, with labels.
+    """
+
+    name: str
+    tuner: str
+    config: Callable[..., PeftConfig]
+    other_config: Callable[..., PeftConfig]
+    model: Callable[..., nn.Module] = tiny_llama
+    batch: Callable[..., dict[str, Any]] = token_batch
+
+    def wrap(self, **overrides: Any) -> PeftModel:
+        """The adapted model, always with the same weights, in evaluation mode."""
+        model = self.model()
+        torch.manual_seed(7)
+        return get_peft_model(model, self.config(**overrides)).eval()
+
+    def logits(self, model: nn.Module) -> torch.Tensor:
+        """What `model` says about the batch."""
+        with torch.no_grad():
+            return model(**self.batch()).logits
+
+    def base_logits(self) -> torch.Tensor:
+        """What the bare model says about the batch."""
+        return self.logits(self.model().eval())
+
+
+def mole(**settings: Any) -> Callable[..., MoLEConfig]:
+    """A maker of configurations."""
+    defaults = {"r": 2, "lora_dropout": 0.0, "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+    return lambda **overrides: MoLEConfig(**{**defaults, **settings, **overrides})
+
+
+OTHER_MOLE = mole(num_experts=5, r=3, top_k=3, router_bias=False)
+
+CASES = [
+    TunerCase("mole-top-1", "mole", mole(num_experts=3), OTHER_MOLE),
+    TunerCase("mole-top-2-weighted", "mole", mole(num_experts=4, top_k=2, gate_scale="prob"), OTHER_MOLE),
+    TunerCase("mole-soft-per-module", "mole", mole(num_experts=2, soft=True, router_scope="module"), OTHER_MOLE),
+]
+
+every_tuner = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+one_case_per_tuner = pytest.mark.parametrize(
+    "case", list({case.tuner: case for case in reversed(CASES)}.values()), ids=lambda case: case.tuner
+)

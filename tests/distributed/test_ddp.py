@@ -1,0 +1,56 @@
+"""Two processes train as one does: same gradients of task and auxiliary loss, same weights on every rank."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+
+pytestmark = pytest.mark.slow
+SCRIPT = Path(__file__).parent / "train_ddp.py"
+
+
+def run(folder, num_processes, *, coef=0.5, checkpointing="none", find_unused="default", accumulation=1):
+    folder.mkdir()
+    tests = str(SCRIPT.parent.parent)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([tests, *sys.path])}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(num_processes), "--master_port=0",
+               "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"] if num_processes > 1 else [sys.executable]  # fmt: skip
+    arguments = [str(SCRIPT), str(folder), str(coef), checkpointing, find_unused, str(accumulation)]
+    # judged by the files that the ranks write: gloo sometimes aborts after everything is done
+    result = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=300)
+    found = []
+    for rank in range(num_processes):
+        report = folder / f"rank{rank}.json"
+        assert report.exists(), result.stderr[-3000:]
+        found.append({**json.loads(report.read_text()), **torch.load(folder / f"rank{rank}.pt")})
+        assert found[-1]["world_size"] == num_processes
+    return found
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "non_reentrant", "reentrant"])
+def test_two_ranks_train_like_one_process(tmp_path, checkpointing):
+    unused = "no" if checkpointing == "reentrant" else "default"
+    settings = {"checkpointing": checkpointing, "find_unused": unused}
+    first, second = run(tmp_path / "two", 2, accumulation=2, **settings)
+    (single,) = run(tmp_path / "one", 1, accumulation=4, **settings)
+    (task_only,) = run(tmp_path / "task", 1, accumulation=4, coef=0.0, **settings)
+    assert first["error"] is None and second["error"] is None and single["error"] is None
+    assert torch.equal(first["weights"], second["weights"])
+    aux = single["gradient"] - task_only["gradient"]
+    assert aux.norm() > 1e-3
+    difference = first["gradient"] - single["gradient"]
+    assert difference.norm() < 1e-5 * single["gradient"].norm()
+    assert difference.norm() < 1e-3 * aux.norm()
+    torch.testing.assert_close(first["weights"], single["weights"], rtol=1e-5, atol=1e-5)
+
+
+def test_reentrant_checkpointing_with_find_unused_parameters_is_refused(tmp_path):
+    for report in run(tmp_path / "two", 2, checkpointing="reentrant", find_unused="yes"):
+        assert "use_reentrant" in report["error"] and "ddp_find_unused_parameters=False" in report["error"]

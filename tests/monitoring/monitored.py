@@ -1,0 +1,92 @@
+"""What the tests of this folder share: a MoLE model, its batches, and a count by hand."""
+
+from __future__ import annotations
+
+import torch
+from peft import get_peft_model
+from transformers import Trainer, TrainingArguments
+
+from peft_moe import MoLEConfig
+from peft_moe.routing import TopKRouter
+from tiny_models import tiny_llama
+
+
+NUM_EXPERTS = 4
+
+
+def build(base_model=None, **settings):
+    settings = {"num_experts": NUM_EXPERTS, "lora_dropout": 0.0, "init_lora_weights": False, **settings}
+    model = tiny_llama() if base_model is None else base_model
+    torch.manual_seed(3)
+    return get_peft_model(model, MoLEConfig(task_type="CAUSAL_LM", **settings))
+
+
+class HandCount:
+    """Counts with hooks on the routers and the masks that it is told: `counts[phase][router]`, E numbers each.
+
+    Gradient checkpointing runs the hooks again; the count is only right without it.
+    """
+
+    def __init__(self, model):
+        self.counts = {"train": {}, "eval": {}}
+        self.latest_index = {}
+        self.mask = None
+        for name, module in model.named_modules():
+            if isinstance(module, TopKRouter):
+                module.register_forward_hook(
+                    self._hook(name.removeprefix("base_model.model.").partition(".gate_proj")[0])
+                )
+        model.get_base_model().register_forward_pre_hook(self._remember_mask, with_kwargs=True)
+
+    def _remember_mask(self, module, args, kwargs):
+        self.mask = kwargs["attention_mask"]
+
+    def _hook(self, router):
+        def hook(module, args, output):
+            phase = "train" if torch.is_grad_enabled() else "eval"
+            self.latest_index[router] = output.top_k_index
+            chosen = output.top_k_index[self.mask.flatten().bool()]
+            counts = self.counts[phase].setdefault(router, [0] * output.num_experts)
+            for expert in chosen.flatten().tolist():
+                counts[expert] += 1
+
+        return hook
+
+
+def rows(num_rows: int, *, seed: int = 0) -> list[dict]:
+    """Rows of 12 tokens with 0 to 5 tokens of padding at the end."""
+    generator = torch.Generator().manual_seed(seed)
+    data = []
+    for index in range(num_rows):
+        input_ids = torch.randint(1, 64, (12,), generator=generator)
+        attention_mask = torch.ones_like(input_ids)
+        attention_mask[12 - index % 6 :] = 0
+        data.append(
+            {
+                "input_ids": input_ids,
+                "attention_mask": attention_mask,
+                "labels": input_ids.masked_fill(attention_mask == 0, -100),
+            }
+        )
+    return data
+
+
+def trainer_for(model, output_dir, callbacks, *, eval_dataset=None, num_rows=16, **arguments) -> Trainer:
+    settings = {
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 2,
+        "max_steps": 4,
+        "logging_steps": 2,
+        "learning_rate": 1e-2,
+        "report_to": [],
+        "use_cpu": True,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    return Trainer(
+        model,
+        TrainingArguments(str(output_dir), **{**settings, **arguments}),
+        train_dataset=rows(num_rows),
+        eval_dataset=eval_dataset,
+        callbacks=callbacks,
+    )
