@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
 PYTEST_ARGS ?=
+PINS ?= -c constraints.txt
 
 BIN := $(VENV)/bin
 KEY := $(shell cat setup.py constraints.txt | cksum | cut -d' ' -f1)
@@ -31,7 +32,7 @@ $(BIN)/python:
 $(INSTALLED): | $(BIN)/python
 	@echo "Installing into $(VENV)/ (once; a few minutes)"
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(PINS) -e '.[test]'
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 
@@ -59,14 +60,7 @@ test-gpu: assets  ## the tests that need a CUDA device
 	@$(PYTEST) -m gpu $(PYTEST_ARGS)
 
 test-floor:  ## the fast tests on the oldest supported versions, in .venv-floor/
-	@$(MAKE) --no-print-directory .venv-floor/.installed-$(KEY)
-	@$(MAKE) --no-print-directory test-fast VENV=.venv-floor PYTEST_ARGS="$(PYTEST_ARGS)"
-
-.venv-floor/.installed-$(KEY): setup.py
-	@$(PYTHON) -m venv .venv-floor
-	@.venv-floor/bin/python -m pip install -qq --disable-pip-version-check -e '.[test]' $$($(PYTHON) tests/floors.py)
-	@rm -f .venv-floor/.installed-*
-	@touch $@
+	@$(MAKE) --no-print-directory test-fast VENV=.venv-floor PINS="$$($(PYTHON) tests/floors.py)"
 
 bench: $(INSTALLED)  ## compare the kernel backends with plain LoRA and write the table
 	@$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python benchmarks/lora_experts.py --name cpu_fp32

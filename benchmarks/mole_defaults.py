@@ -129,7 +129,7 @@ ARMS = (
     Arm("soft, router lr x10", {"soft": True, "router_aux_loss_coef": 0.0}, 10.0, active_rank=NUM_EXPERTS * RANK),
     mole("top-1 st, mole-form balance", ST, router_aux_loss_type="mole"),
     mole("top-1 prob, balance 0", "prob", router_aux_loss_coef=0.0),
-    mole("top-1 prob, router lr x10", "prob", factor=10.0),
+    mole("top-2 prob, router frozen", "prob", k=2, factor=0.0),
 )
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -442,6 +442,17 @@ class Bench:
                 scores[beyond] = macro(run, "validation")
         return min(scores, key=scores.__getitem__)
 
+    def finer_lr(self, arm: Arm) -> float | None:
+        """The best of the grid or one of its neighbours at half the distance, again by validation NLL of seed 0."""
+        middle = self.result["best_lr"][arm.name]
+        scores = {}
+        for lr in (middle, round(middle / math.sqrt(3), 5), round(middle * math.sqrt(3), 5)):
+            run = self.run(arm, lr, 0)
+            if run is None:
+                return None
+            scores[lr] = macro(run, "validation")
+        return min(scores, key=scores.__getitem__)
+
 
 def macro(run: dict[str, Any] | None, side: str) -> float:
     """Mean over domains; infinite where the run diverged."""
@@ -452,15 +463,26 @@ def macro(run: dict[str, Any] | None, side: str) -> float:
 
 
 def measure(bench: Bench, arms: tuple[Arm, ...]) -> None:
-    """Three seeds of each arm, in their order, before more seeds of any."""
-    for seeds in (range(min(3, bench.sizes.seeds)), range(bench.sizes.seeds)):
-        for arm in arms:
-            lr = bench.result["best_lr"].get(arm.name) or bench.best_lr(arm)
-            if lr is None:
-                return
-            bench.result["best_lr"][arm.name] = lr
-            if any(bench.run(arm, lr, seed) is None for seed in seeds):
-                return
+    """Three seeds of each arm, in their order; then core arms at finer learning rates; then more seeds of those."""
+    few = range(min(3, bench.sizes.seeds))
+    for arm in arms:
+        lr = bench.best_lr(arm)
+        if lr is None:
+            return
+        bench.result["best_lr"][arm.name] = lr
+        if any(bench.run(arm, lr, seed) is None for seed in few):
+            return
+    core = [arm for arm in arms if arm.is_core]
+    for arm in core:
+        lr = bench.finer_lr(arm)
+        if lr is None:
+            return
+        bench.result["finer_lr"][arm.name] = lr
+        if any(bench.run(arm, lr, seed) is None for seed in few):
+            return
+    for seed in range(len(few), bench.sizes.seeds):
+        if any(bench.run(arm, bench.result["finer_lr"][arm.name], seed) is None for arm in core):
+            return
 
 
 def compare_with_peft(base: LlamaForCausalLM, rows: list[Row]) -> dict[str, float]:
@@ -492,6 +514,15 @@ def compare_with_peft(base: LlamaForCausalLM, rows: list[Row]) -> dict[str, floa
     }
 
 
+def runs_of_the_same_base(earlier: dict[str, Any], now: dict[str, Any]) -> list[dict[str, Any]]:
+    """The runs of an interrupted measurement, if they started from the very same base model and data."""
+    for key in ("base", "sizes", "rows", "versions"):
+        if json.loads(json.dumps(now[key])) != earlier[key]:
+            raise SystemExit(f"--resume: {key!r} differs from that of the result file. Start again without --resume.")
+    known = set(now["arms"])
+    return [run for run in earlier["runs"] if run["arm"] in known]
+
+
 def say(text: str) -> None:
     """Progress, to the terminal."""
     print(text, file=sys.stderr, flush=True)
@@ -513,6 +544,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=55, help="stop starting runs after this long")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, only to see that it works")
     parser.add_argument("--out", type=Path, help="result file")
+    parser.add_argument("--resume", action="store_true", help="keep the runs of the result file and do what is missing")
     parser.add_argument("--report", action="store_true", help="only print the tables of the result file")
     arguments = parser.parse_args()
     name = "mole_defaults_quick.json" if arguments.quick else "mole_defaults.json"
@@ -536,7 +568,7 @@ def main() -> None:
         arm.name: sum(p.numel() for p in build(base, arm, 0).parameters() if p.requires_grad) for arm in ARMS
     }
     result: dict[str, Any] = {
-        "command": " ".join(["python benchmarks/mole_defaults.py", *map(str, sys.argv[1:])]),
+        "commands": [" ".join(["python benchmarks/mole_defaults.py", *map(str, sys.argv[1:])])],
         "hardware": f"CPU only, 1 thread, {processor()}",
         "versions": {
             "python": platform.python_version(),
@@ -560,10 +592,15 @@ def main() -> None:
             for arm in ARMS
         },
         "best_lr": {},
+        "finer_lr": {},
         "runs": [],
     }
     say(f"pretrained in {result['pretraining_seconds']} s; MoLE with one expert against peft: {result['same_as_peft_lora']}")
     path.parent.mkdir(exist_ok=True)
+    if arguments.resume:
+        earlier = json.loads(path.read_text())
+        result["runs"] = runs_of_the_same_base(earlier, result)
+        result["commands"] = earlier["commands"] + result["commands"]
     bench = Bench(base, rows["train"], sides, sizes, result, path, start + 60 * arguments.minutes)
     measure(bench, ARMS)
     print_report(result)

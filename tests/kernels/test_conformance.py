@@ -7,11 +7,10 @@ from functools import cache
 
 import pytest
 import torch
+from kernel_cases import CASES, KernelCase, make_grad_out, make_index, make_inputs
+from kernel_oracle import outputs_and_gradients
 
 from peft_moe.kernels import BACKENDS, Case, DispatchPlan, lora_experts
-
-from .cases import CASES, KernelCase, make_grad_out, make_index, make_inputs
-from .oracle import outputs_and_gradients
 
 
 LIMITS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}

@@ -6,11 +6,10 @@ import dataclasses
 
 import pytest
 import torch
+from kernel_cases import CASES, make_grad_out, make_index, make_inputs
+from kernel_oracle import outputs_and_gradients
 
 from peft_moe.kernels import DispatchPlan, lora_experts
-
-from .cases import CASES, make_grad_out, make_index, make_inputs
-from .oracle import outputs_and_gradients
 
 
 CASE = CASES["top_2"]

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernel_cases import CASES, make_grad_out, make_index, make_inputs
+from kernel_oracle import outputs_and_gradients
 
 from peft_moe.kernels import DispatchPlan, lora_experts
 from peft_moe.kernels.backends import segment
-
-from .cases import CASES, make_grad_out, make_index, make_inputs
-from .oracle import outputs_and_gradients
 
 
 @pytest.mark.parametrize("max_rows", [1, 3, 32, 200])

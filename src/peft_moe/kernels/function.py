@@ -98,7 +98,8 @@ def flattened(
     """Call `forward` on rows and give its output the shape of `base_out`; `base_out` itself where it is written to."""
     out, projected = forward(rows_of(hidden_states), rows_of(base_out), *rest)
     inplace = rest[-1]
-    return base_out if inplace else out.view(base_out.shape), projected
+    # no view: autograd forbids models to change a view that a Function returns in place, as Falcon does
+    return base_out if inplace else torch.ops.aten._unsafe_view(out, base_out.shape), projected
 
 
 def differentiable(forward: Forward, backward: Backward, *, is_traceable: bool = False) -> Run:

@@ -175,9 +175,7 @@ class Linear(nn.Module, MoLELayer):
         is_watched = bool(base._forward_hooks or base._forward_pre_hooks)
         return is_plain and not is_watched and not torch.compiler.is_compiling()
 
-    def _add_experts(
-        self, adapter_name: str, x: torch.Tensor, result: torch.Tensor, *, inplace: bool
-    ) -> torch.Tensor:
+    def _add_experts(self, adapter_name: str, x: torch.Tensor, result: torch.Tensor, *, inplace: bool) -> torch.Tensor:
         A, B = self.mole_A[adapter_name](), self.mole_B[adapter_name]()
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else A.dtype
         hidden_states = self._cast_input_dtype(x, dtype).reshape(*result.shape[:-1], self.in_features)
