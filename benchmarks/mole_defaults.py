@@ -1,6 +1,6 @@
 """Measures what `MoLEConfig` should default to: gates, top-k, balance, router initialisation and learning rate.
 
-    OMP_NUM_THREADS=1 python benchmarks/mole_defaults.py --minutes 55
+    OMP_NUM_THREADS=1 python benchmarks/mole_defaults.py --minutes 75
 
 A small Llama is pretrained in the run on the bare texts of four real instruction domains, frozen, and fine-tuned on their
 mix with every arm: plain LoRA at the same active rank and with the same parameters, one LoRA per domain, and variants of
@@ -407,7 +407,9 @@ class Bench:
         run = {"arm": arm.name, "lr": lr, "seed": seed, "seconds": round(time.monotonic() - start, 1), **found}
         self.result["runs"].append(run)
         self.path.write_text(json.dumps(self.result, indent=1))
-        say(f"{arm.name:<30} lr {lr:<6g} seed {seed} {run['seconds']:>6.1f} s  validation {macro(run, 'validation'):.4f}")
+        say(
+            f"{arm.name:<30} lr {lr:<6g} seed {seed} {run['seconds']:>6.1f} s  validation {macro(run, 'validation'):.4f}"
+        )
         return run
 
     def _mixed(self, arm: Arm, lr: float, seed: int) -> dict[str, Any]:
@@ -541,10 +543,12 @@ def main() -> None:
     """Pretrains, measures, writes and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=DATA, help="folder of <domain>.jsonl")
-    parser.add_argument("--minutes", type=float, default=55, help="stop starting runs after this long")
+    parser.add_argument("--minutes", type=float, default=75, help="stop starting runs after this long")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, only to see that it works")
     parser.add_argument("--out", type=Path, help="result file")
-    parser.add_argument("--resume", action="store_true", help="keep the runs of the result file and do what is missing")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the runs of the result file and do what is missing"
+    )
     parser.add_argument("--report", action="store_true", help="only print the tables of the result file")
     arguments = parser.parse_args()
     name = "mole_defaults_quick.json" if arguments.quick else "mole_defaults.json"
@@ -595,7 +599,9 @@ def main() -> None:
         "finer_lr": {},
         "runs": [],
     }
-    say(f"pretrained in {result['pretraining_seconds']} s; MoLE with one expert against peft: {result['same_as_peft_lora']}")
+    say(
+        f"pretrained in {result['pretraining_seconds']} s; MoLE with one expert against peft: {result['same_as_peft_lora']}"
+    )
     path.parent.mkdir(exist_ok=True)
     if arguments.resume:
         earlier = json.loads(path.read_text())

@@ -49,7 +49,11 @@ def print_report(result: dict[str, Any]) -> None:
 def _print_tables(result: dict[str, Any], which: str) -> None:
     domains = list(result["rows"]["test"])
     arms = [arm for arm in result["arms"] if runs_at(result, arm, which)]
-    print("| arm | parameters | active rank | lr | seeds | macro NLL | " + " | ".join(domains) + " | MI, bits | load, bits |")
+    print(
+        "| arm | parameters | active rank | lr | seeds | macro NLL | "
+        + " | ".join(domains)
+        + " | MI, bits | load, bits |"
+    )
     print("|" + "---|" * (8 + len(domains)))
     base = result["base"]["test"]
     row = " | ".join(f"{base[domain]:.3f}" for domain in domains)
@@ -64,7 +68,9 @@ def _print_tables(result: dict[str, Any], which: str) -> None:
             + " | ".join(f"{mean:.3f} ± {half:.3f}" for mean, half in cells)
             + f" | {_routing(runs, 'mutual_information_bits')} | {_routing(runs, 'load_entropy_bits')} |"
         )
-    references = [name for name in ("lora r4", "lora r8", "lora r16", "top-1 none", "top-1 st", "top-2 prob") if name in arms]
+    references = [
+        name for name in ("lora r4", "lora r8", "lora r16", "top-1 none", "top-1 st", "top-2 prob") if name in arms
+    ]
     print("\nMacro test NLL minus that of the reference, paired by seed (negative: better than the reference)\n")
     print("| arm | " + " | ".join(references) + " |")
     print("|" + "---|" * (1 + len(references)))

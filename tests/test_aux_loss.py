@@ -24,7 +24,8 @@ LOSS_TYPES = ["switch", "pooled", "mole"]
 
 def build(coef: float = COEF, **settings):
     model = tiny_llama()
-    settings = {"num_experts": 4, "lora_dropout": 0.0, "init_lora_weights": False, **settings}
+    defaults = {"num_experts": 4, "top_k": 1, "gate_scale": "straight_through", "lora_dropout": 0.0}
+    settings = {**defaults, "init_lora_weights": False, **settings}
     torch.manual_seed(3)
     config = MoLEConfig(router_aux_loss_coef=coef, task_type="CAUSAL_LM", **settings)
     return get_peft_model(model, config).train()

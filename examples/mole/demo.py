@@ -1,7 +1,7 @@
 """The main job from end to end: fine-tune SmolLM2 with a mixture of LoRA experts, measure, save, reload, plot.
 
 Run it by `make demo`. It takes a few minutes on two cores, shows its progress, and goes on where it was interrupted.
-Results are written to `outputs/mole_demo/`: `adapter/`, `report.json`, `expert_load.json` and `expert_load.png`.
+Results are written to `outputs/mole_demo/`: `adapter/`, `report.json` and `expert_load.png`.
 """
 
 import argparse
@@ -22,12 +22,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 from transformers.trainer_utils import get_last_checkpoint
 
 from peft_moe import ExpertLoadCallback, MoLEConfig
-from peft_moe.monitoring import plot_expert_load
+from peft_moe.monitoring import ExpertLoad, plot_expert_load
 
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-from evaluation import count_expert_load, evaluate_answers  # noqa: E402
+from evaluation import evaluate_answers  # noqa: E402
 
 from domains import CLOSED_DOMAINS, DOMAINS, collator, load_domains  # noqa: E402
 from pretrained import smollm2_path  # noqa: E402
@@ -37,7 +37,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", default="outputs/mole_demo")
     parser.add_argument("--model_name_or_path", default=None, help="a local folder or a Hub id; default: SmolLM2")
-    parser.add_argument("--steps", type=int, default=48)
+    parser.add_argument("--steps", type=int, default=36)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--rows", type=int, default=96, help="training rows per domain")
     parser.add_argument("--eval_rows", type=int, default=16, help="held-back rows per domain")
@@ -62,8 +62,14 @@ def main() -> None:
     )
     print(f"{len(train_set)} training rows, {options.eval_rows} held-back rows in each of {len(DOMAINS)} domains")
 
-    def measure(model: Any) -> dict[str, float]:
-        return evaluate_answers(model, tokenizer, eval_sets, num_generated_rows=options.eval_rows)
+    def measure(model: Any, expert_load: ExpertLoad | None = None) -> dict[str, float]:
+        return evaluate_answers(
+            model, tokenizer, eval_sets, num_generated_rows=options.eval_rows, expert_load=expert_load
+        )
+
+    def measure_with_load(model: Any) -> dict[str, Any]:
+        load = ExpertLoad.for_model(model)
+        return {**measure(model, load), "expert_load": load.to_dict()}
 
     before = remember("before", lambda: measure(load_base(model_path)))
     remember("seconds_per_step", lambda: compare_step_times(model_path, train_set, tokenizer, options.batch_size))
@@ -75,9 +81,8 @@ def main() -> None:
     train(model, tokenizer, train_set, options, output)
     model.save_pretrained(output / "adapter")
 
-    after = remember("after", lambda: measure(model))
-    load = count_expert_load(model, tokenizer, eval_sets)
-    (output / "expert_load_by_domain.json").write_text(json.dumps(load.to_dict(), indent=1))
+    after = remember("after", lambda: measure_with_load(model))
+    load = ExpertLoad.from_dict(after["expert_load"])
     plot_expert_load(load, output / "expert_load.png")
     remember("reload_is_bit_equal", lambda: reloads_bit_equal(model, tokenizer, output))
     prompt = eval_sets["boolq"][0]["prompt"]
@@ -124,6 +129,7 @@ def train(model: PeftModel, tokenizer: Any, train_set: Any, options: argparse.Na
         per_device_train_batch_size=options.batch_size,
         learning_rate=1e-3,
         lr_scheduler_type="cosine",
+        train_sampling_strategy="group_by_length",
         warmup_steps=4,
         logging_steps=8,
         save_steps=8,
@@ -152,7 +158,7 @@ def compare_step_times(model_path: str, train_set: Any, tokenizer: Any, batch_si
     )
     models = {"mole": mole, "lora": get_peft_model(load_base(model_path), lora)}
     rows = [{name: row[name] for name in ("input_ids", "attention_mask", "labels")} for row in train_set]
-    batch = collator(tokenizer)(rows[:batch_size])
+    batch = collator(tokenizer)(rows[: batch_size // 2])
     times: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(4):
         for name, model in models.items():

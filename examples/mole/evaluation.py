@@ -1,6 +1,7 @@
 """How well a causal language model answers: NLL of the right answers, and exact match of what it generates."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import evaluate
@@ -22,34 +23,26 @@ def evaluate_answers(
     num_generated_rows: int,
     batch_size: int = 8,
     max_new_tokens: int = 12,
+    expert_load: ExpertLoad | None = None,
 ) -> dict[str, float]:
-    """Answer NLL (nats per token) on all rows, exact match (0 to 1) on the first rows of the closed-answer domains."""
+    """Answer NLL (nats per token) on all rows, exact match (0 to 1) on the first rows of the closed-answer domains.
+
+    Where `expert_load` is given, it counts which experts the tokens of each domain go to.
+    """
     model.eval()
     nll = evaluate.load(metrics.path("answer_nll"))
     match = evaluate.load(metrics.path("exact_match_by_domain"))
     for domain, rows in eval_sets.items():
-        for batch in _batches(rows, tokenizer, batch_size, f"answer NLL, {domain}"):
-            sums, counts = _answer_nll(model, batch)
-            nll.add_batch(predictions=sums, references=counts, domains=[domain] * len(sums))
+        watching = nullcontext() if expert_load is None else record_expert_load(model, domain, into=expert_load)
+        with watching:
+            for batch in _batches(rows, tokenizer, batch_size, f"answer NLL, {domain}"):
+                sums, counts = _answer_nll(model, batch)
+                nll.add_batch(predictions=sums, references=counts, domains=[domain] * len(sums))
         if domain in CLOSED_DOMAINS:
             few = rows.select(range(min(num_generated_rows, len(rows))))
             answers = _generate(model, tokenizer, few["prompt"], batch_size, max_new_tokens, domain)
             match.add_batch(predictions=answers, references=few["answer"], domains=[domain] * len(answers))
     return {**nll.compute(), **match.compute()}
-
-
-def count_expert_load(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, eval_sets: dict[str, Dataset], *, batch_size: int = 8
-) -> ExpertLoad:
-    """Which experts the tokens of each domain go to."""
-    model.eval()
-    load = ExpertLoad.for_model(model)
-    for domain, rows in eval_sets.items():
-        for batch in _batches(rows, tokenizer, batch_size, f"expert load, {domain}"):
-            with record_expert_load(model, domain=domain) as found, torch.no_grad():
-                model(**batch)
-            load = load + found
-    return load
 
 
 def _batches(

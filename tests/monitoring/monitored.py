@@ -15,7 +15,8 @@ NUM_EXPERTS = 4
 
 
 def build(base_model=None, **settings):
-    settings = {"num_experts": NUM_EXPERTS, "lora_dropout": 0.0, "init_lora_weights": False, **settings}
+    defaults = {"num_experts": NUM_EXPERTS, "top_k": 1, "gate_scale": "straight_through", "lora_dropout": 0.0}
+    settings = {**defaults, "init_lora_weights": False, **settings}
     model = tiny_llama() if base_model is None else base_model
     torch.manual_seed(3)
     return get_peft_model(model, MoLEConfig(task_type="CAUSAL_LM", **settings))

@@ -59,7 +59,7 @@ BAD_FIELDS = [
         {"rank_pattern": {"up_proj(": 2}},
         "rank_pattern has the key 'up_proj(', which is no regular",
     ),
-    ("fewer-experts-than-choices", {"top_k": 2, "num_experts_pattern": {"mlp": 1}}, "which is less than top_k=2"),
+    ("fewer-experts-than-choices", {"top_k": 3, "num_experts_pattern": {"mlp": 2}}, "which is less than top_k=3"),
     (
         "pooled-loss-of-unequal-routers",
         {"num_experts_pattern": {"mlp": 2}, "router_aux_loss_type": "pooled"},
