@@ -6,7 +6,7 @@ A small Llama is pretrained in the run on the bare texts of four real instructio
 mix with every arm: plain LoRA at the same active rank and with the same parameters, one LoRA per domain, and variants of
 MoLE. Each arm chooses its learning rate on validation rows with seed 0, then all seeds are scored on test rows. Results go
 to `benchmarks/results/mole_defaults.json` after every run, so an interrupted or shortened measurement is still readable;
-`--report` prints the tables of a finished file. What the numbers mean is in `MOLE_DEFAULTS.md`.
+`--report` prints the tables of a finished file. What the numbers mean is in `docs/log.md`.
 """
 
 from __future__ import annotations

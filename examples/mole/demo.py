@@ -6,12 +6,14 @@ Results are written to `outputs/mole_demo/`: `adapter/`, `report.json` and `expe
 
 import argparse
 import json
+import platform
 import shutil
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,7 @@ def main() -> None:
         load = ExpertLoad.for_model(model)
         return {**measure(model, load), "expert_load": load.to_dict()}
 
+    remember("environment", describe_environment)
     before = remember("before", lambda: measure(load_base(model_path)))
     remember("seconds_per_step", lambda: compare_step_times(model_path, train_set, tokenizer, options.batch_size))
 
@@ -111,6 +114,17 @@ class Memory:
             self.found[name] = compute()
             self.path.write_text(json.dumps(self.found, indent=1))
         return self.found[name]
+
+
+def describe_environment() -> dict[str, Any]:
+    packages = ("torch", "transformers", "peft", "peft-moe")
+    found = {name: version(name) for name in packages}
+    return {
+        "python": platform.python_version(),
+        **found,
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def load_base(model_path: str) -> Any:

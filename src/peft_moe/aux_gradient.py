@@ -98,6 +98,7 @@ class GradientSource:
 
     @property
     def is_silent(self) -> bool:
+        """Whether the auxiliary loss of this pass reaches backward by another way."""
         return self.forward_pass.aux_loss.is_claimed
 
     def scaled(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
