@@ -341,6 +341,130 @@ def test_trainer_gives_each_micro_batch_its_share(tmp_path, loss_type, steps, ar
     assert_same(difference, expected)
 
 
+def test_half_precision_autocast_does_not_round_the_auxiliary_loss():
+    batch = token_batch(8, 64, num_padding=3)
+
+    def run(model, dtype=torch.float16):
+        with torch.autocast("cpu", dtype=dtype):
+            loss = model(**batch).loss
+        (loss * 1024).backward()
+
+    found = router_gradients(build(coef=COEF, gate_scale="none"), run) / 1024
+    expected = router_gradients(build(coef=COEF, gate_scale="none"), lambda model: model(**batch).loss.backward())
+    ratio = (found.norm() / expected.norm()).item()
+    assert ratio == pytest.approx(1.0, abs=5e-3)
+
+
+def router_gradients(model, run) -> torch.Tensor:
+    run(model)
+    return torch.cat([p.grad.flatten() for n, p in model.named_parameters() if "mole_router" in n]).double()
+
+
+def test_head_that_ignores_num_items_keeps_the_weight_of_its_loss():
+    import transformers
+
+    settings = {"num_labels": 2, "pad_token_id": 0}
+    config = tiny_llama(**settings).config
+    batch = token_batch(2, 12)
+    found = []
+    for num_items in (None, 8):
+        torch.manual_seed(0)
+        model = transformers.LlamaForSequenceClassification(config)
+        adapter = MoLEConfig(num_experts=4, top_k=1, gate_scale="none", lora_dropout=0.0, task_type="SEQ_CLS")
+        model = get_peft_model(model, adapter).train()
+        extra = {} if num_items is None else {"num_items_in_batch": torch.tensor(num_items)}
+        inputs = {
+            "input_ids": batch["input_ids"],
+            "attention_mask": batch["attention_mask"],
+            "labels": torch.tensor([0, 1]),
+        }
+        found.append(
+            router_gradients(model, lambda model, inputs={**inputs, **extra}: model(**inputs).loss.backward())
+        )
+    torch.testing.assert_close(found[0], found[1])
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "non_reentrant", "reentrant"])
+def test_calling_the_backbone_directly_has_weight_one(checkpointing):
+    batch = token_batch()
+    other = token_batch(3, 9, num_padding=0, seed=5)
+
+    def run(model):
+        if checkpointing != "none":
+            model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
+            model.enable_input_require_grads()
+        (1000 * model(**other).loss).backward()
+        model.zero_grad()
+        backbone = model.get_base_model().model
+        backbone(
+            batch["input_ids"], attention_mask=batch["attention_mask"]
+        ).last_hidden_state.square().mean().backward()
+
+    assert_same(effect_of_aux_loss(run), expected_gradient([batch], [1.0]))
+
+
+def test_calling_a_part_of_the_model_in_training_warns():
+    model = build()
+    with pytest.warns(UserWarning, match="auxiliary loss does not act"):
+        model.get_base_model().model.layers[0].mlp(torch.randn(1, 4, 32))
+
+
+def test_listening_does_not_add_an_auxiliary_loss_in_eval_mode():
+    from peft_moe import record_expert_load
+
+    batch = token_batch()
+    found = []
+    for coef in (COEF, 0.0):
+        model = build(coef=coef).eval()
+        with record_expert_load(model):
+            model(**batch).loss.backward()
+        found.append(gradients(model))
+    assert torch.equal(found[0], found[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scope", ["whole-model", "each-layer"])
+@pytest.mark.parametrize("loss", ["inside", "outside"])
+def test_compiled_model_has_the_same_auxiliary_loss(scope, loss):
+    batch = token_batch()
+
+    def run(model):
+        if scope == "each-layer":
+            for layer in model.get_base_model().model.layers:
+                layer.compile(backend="aot_eager")
+        else:
+            model.compile(backend="aot_eager")
+        if loss == "inside":
+            model(**batch).loss.backward()
+        else:
+            logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            logits.square().mean().backward()
+
+    assert_same(effect_of_aux_loss(run), expected_gradient([batch], [1.0]))
+
+
+def test_soft_mixture_balances_the_best_expert():
+    batch = token_batch()
+    model = build(soft=True)
+    model(**batch).loss.backward()
+    with torch.no_grad():
+        assert get_aux_loss(model) != pytest.approx(COEF * 4, rel=1e-3)
+
+
+def test_replicas_of_data_parallel_are_refused():
+    model = build()
+    layer = model.get_base_model().model.layers[0].mlp.gate_proj
+    replica = layer._replicate_for_data_parallel()
+    with pytest.raises(RuntimeError, match="does not support nn.DataParallel"):
+        replica(torch.randn(1, 4, 32))
+
+
+def test_routers_stay_float32_when_the_model_is_cast():
+    model = build().to(torch.bfloat16)
+    assert {p.dtype for n, p in model.named_parameters() if "mole_router" in n} == {torch.float32}
+    assert {p.dtype for n, p in model.named_parameters() if "mole_A" in n} == {torch.bfloat16}
+
+
 def test_copies_of_a_model_record_for_themselves():
     model = build()
     batch = token_batch()

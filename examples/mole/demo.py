@@ -90,7 +90,7 @@ def main() -> None:
     remember("reload_is_bit_equal", lambda: reloads_bit_equal(model, tokenizer, output))
     prompt = eval_sets["boolq"][0]["prompt"]
     answer = generate(model, tokenizer, prompt)
-    print_report(before, after, remember.found, load.summary().to_dict())
+    print_report(before, after, remember.found, load)
     print(f"\nA question it has not seen:\n{prompt.strip()}\n→ {answer}")
     print(
         f"\nAll results are in {output}/ (adapter/, report.json, expert_load.png). {time.perf_counter() - started:.0f} s"
@@ -201,9 +201,7 @@ def generate(model: PeftModel, tokenizer: Any, prompt: str) -> str:
     return tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
-def print_report(
-    before: dict[str, float], after: dict[str, float], found: dict[str, Any], load: dict[str, Any]
-) -> None:
+def print_report(before: dict[str, float], after: dict[str, float], found: dict[str, Any], load: ExpertLoad) -> None:
     print(f"\n{'domain':<16}{'answer NLL':>12}{'after':>9}{'exact match':>14}{'after':>9}")
     for domain in DOMAINS:
         key = f"exact_match_{domain}"
@@ -216,7 +214,10 @@ def print_report(
     print(f"\ntrainable share    {found['trainable_share']:.2%}")
     print(f"training step      {seconds['mole']:.2f} s, plain LoRA {seconds['lora']:.2f} s", end="")
     print(f" ({seconds['mole'] / seconds['lora']:.2f}x)")
-    print("expert load        " + ", ".join(f"{name} {value}" for name, value in load.items()))
+    print("expert load        entropy (1 = balanced), largest share, dead experts")
+    for domain in DOMAINS:
+        summary = load.summary(domain=domain)
+        print(f"  {domain:<17}{summary.entropy:.3f}, {summary.max_share:.0%}, {summary.num_dead_experts}")
     print(f"reload             {'bit-equal logits in a new process' if found['reload_is_bit_equal'] else 'DIFFERS'}")
 
 

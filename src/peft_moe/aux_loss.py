@@ -19,6 +19,8 @@ data parallelism included, and logged losses stay those of the task.
 
 from __future__ import annotations
 
+import functools
+import warnings
 from typing import Any
 
 import torch
@@ -54,8 +56,9 @@ class AuxLoss:
 
     Args:
         recorder (`RoutingRecorder`): where routers leave their statistics.
-        shifts_labels (`bool`): whether the model's loss predicts label i + 1 at position i, as in causal language
-            models, so that the first label of a row does not count.
+        shifts_labels (`bool`): whether the model's loss is that of causal language models: it predicts label i + 1 at
+            position i, so that the first label of a row does not count, and divides by `num_items_in_batch`. Other
+            heads of transformers accept that argument and ignore it.
     """
 
     def __init__(self, recorder: RoutingRecorder, *, shifts_labels: bool) -> None:
@@ -74,7 +77,7 @@ class AuxLoss:
             num_items=forward_pass.inputs.get("num_items_in_batch"),
             stated=self.default_scale,
         )
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or forward_pass.aux_loss.is_compiled:
             return self._attach(recorder, forward_pass, output, weight)
         for name, tensor in _differentiable_outputs(output):
             tensor.register_hook(UpstreamGradient(name, recorder, forward_pass, weight))
@@ -98,12 +101,13 @@ class AuxLoss:
         base model. The remaining arguments are those of [`RoutingRecorder.record`].
         """
         forward_pass = recorder.find_pass()
-        if (
-            adapter_name not in self.functions
-            or forward_pass is None
-            or not router_logits.requires_grad
-            or torch.compiler.is_compiling()
-        ):
+        if adapter_name not in self.functions or not router_logits.requires_grad:
+            return hidden_states
+        if forward_pass is None:
+            _warn_of_direct_call(router_name)
+            return hidden_states
+        if torch.compiler.is_compiling():
+            forward_pass.aux_loss.is_compiled = True
             return hidden_states
         record_name = forward_pass.record_name(adapter_name, router_name)
         if record_name is None:
@@ -122,13 +126,13 @@ class AuxLoss:
         return torch.stack(losses).sum() if losses else None
 
     def _label_share(self, forward_pass: ForwardPass) -> torch.Tensor | float:
+        """Share of this pass in what the loss divides by; 1 where the loss is a plain mean."""
         num_items = forward_pass.inputs.get("num_items_in_batch")
         labels = forward_pass.inputs.get("shift_labels")
         if labels is None:
             labels = forward_pass.inputs.get("labels")
-            if isinstance(labels, torch.Tensor) and self.shifts_labels:
-                labels = labels[..., 1:]
-        if num_items is None or not isinstance(labels, torch.Tensor):
+            labels = labels[..., 1:] if isinstance(labels, torch.Tensor) else None
+        if num_items is None or not self.shifts_labels or not isinstance(labels, torch.Tensor):
             return 1.0
         return labels.ne(-100).sum() / num_items
 
@@ -172,6 +176,15 @@ def _differentiable_outputs(output: Any) -> list[tuple[str, torch.Tensor]]:
     if found and found[0][0] in ("", "0") and found[0][1].dim() == 0:
         found[0] = ("loss", found[0][1])
     return found
+
+
+@functools.cache
+def _warn_of_direct_call(router_name: str) -> None:
+    warnings.warn(
+        f"The router of '{router_name}' ran in training, but neither the base model nor its backbone was called, only a "
+        "part of it. The auxiliary loss does not act there: call the model itself.",
+        stacklevel=2,
+    )
 
 
 def install_aux_loss(base_model: nn.Module, recorder: RoutingRecorder) -> AuxLoss:

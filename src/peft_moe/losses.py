@@ -65,15 +65,17 @@ def routing_statistics(
         token_mask = router_logits.new_ones(1, router_logits.shape[0])
     mask = token_mask.to(device=router_logits.device, dtype=torch.float32)
     num_samples, num_positions = mask.shape
-    probabilities = torch.softmax(router_logits, dim=-1).view(num_samples, num_positions, num_experts)
-    squared_logsumexp = torch.logsumexp(router_logits, dim=-1).square().view(num_samples, num_positions)
+    logits = router_logits.float()
+    probabilities = torch.softmax(logits, dim=-1).view(num_samples, num_positions, num_experts)
+    squared_logsumexp = torch.logsumexp(logits, dim=-1).square().view(num_samples, num_positions)
     with torch.no_grad():
         index = top_k_index.reshape(num_samples, -1)
         weight = mask.unsqueeze(-1).expand(-1, -1, top_k_index.shape[-1]).reshape(num_samples, -1)
         expert_counts = torch.zeros(num_samples, num_experts, device=mask.device).scatter_add_(1, index, weight)
     return RoutingStatistics(
         expert_counts=expert_counts,
-        probability_sums=torch.einsum("bs,bse->be", mask, probabilities),
+        # no einsum: autocast would compute it, and so store the gradient, in half precision
+        probability_sums=(mask.unsqueeze(-1) * probabilities).sum(dim=1),
         squared_logsumexp_sums=(mask * squared_logsumexp).sum(dim=-1),
         num_tokens=mask.sum(dim=-1),
     )

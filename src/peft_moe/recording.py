@@ -39,6 +39,8 @@ class AuxLossState:
         """gradient of the objective with respect to the mean loss of this pass; known once backward has begun"""
         self.is_claimed = False
         """whether the auxiliary loss reaches backward by another way than injection"""
+        self.is_compiled = False
+        """whether a router ran in a compiled graph, where nothing can be injected"""
         self.gradients: dict[str, dict[str, RoutingStatistics]] = {}
         """gradient of the auxiliary loss with respect to the statistics of each router, filled once"""
 
@@ -70,6 +72,8 @@ class ForwardPass:
         self.inputs = inputs
         self.has_gradient = has_gradient
         self.is_open = True
+        self.is_training = False
+        """whether an auxiliary loss is wanted from it"""
         self.records: dict[str, dict[str, RoutingStatistics]] = {}
         self.routes: dict[str, dict[str, Route]] = {}
         """kept only while somebody listens, and until they have been told"""
@@ -129,8 +133,10 @@ class RoutingRecorder:
         self.current: ForwardPass | None = None
         self.latest: ForwardPass | None = None
         self.in_backward: ForwardPass | None = None
-        self.live: dict[str, dict[str, tuple[torch.Tensor, Route]]] = {}
-        """router logits of the latest pass with their graph; dropped when backward or the next pass begins"""
+        self.num_nested = 0
+        self.live: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = {}
+        """logits with their graph, counted choices and token mask of each router of the latest pass; dropped when
+        backward or the next pass begins"""
 
     def __getstate__(self) -> dict[str, Any]:
         """Passes and listeners belong to a running process: copies and pickles of a model start without any."""
@@ -141,22 +147,29 @@ class RoutingRecorder:
         self._start_process()
 
     def begin(self, inputs: dict[str, Any]) -> None:
-        """Open a pass; an earlier one that never ended is dropped."""
+        """Open a pass. A call within it (the backbone of a language model) belongs to it and opens none."""
+        if self.current is not None:
+            self.num_nested += 1
+            return
         self.current = ForwardPass(inputs, has_gradient=torch.is_grad_enabled())
-        if self.current.has_gradient:
-            self.in_backward = None
-            self.live = {}
+        self.in_backward = None
+        self.live = {}
 
     def end(self, output: Any) -> Any:
         """Close the pass, tell the listeners, and return the model's output (`None` where its forward raised)."""
+        if self.num_nested:
+            self.num_nested -= 1
+            return output
         finished, self.current = self.current, None
         if finished is None:
             return output
         finished.is_open = False
         forward_raised = output is None
+        if forward_raised:
+            self.live = {}
         if forward_raised or not finished.records:
             return output
-        if finished.has_gradient:
+        if finished.is_training:
             self.latest = finished
         for listener in self.listeners:
             listener(finished)
@@ -178,6 +191,7 @@ class RoutingRecorder:
         output: RouterOutput,
         *,
         shape: torch.Size,
+        is_training: bool,
         is_decoder: bool = False,
     ) -> None:
         """Add what a router decided to the open pass.
@@ -186,6 +200,7 @@ class RoutingRecorder:
             adapter_name (`str`), router_name (`str`): whose decision it is.
             output (`RouterOutput`): the decision for T tokens.
             shape (`torch.Size`): leading axes of the hidden states, `(B, S)` or `(T,)`.
+            is_training (`bool`): whether an auxiliary loss is wanted.
             is_decoder (`bool`): whether the router sits in the decoder of an encoder-decoder model.
 
         Raises:
@@ -199,26 +214,30 @@ class RoutingRecorder:
         name = _unique(router_name, by_router)
         # without a graph: non-reentrant checkpointing demands that a recomputation saves the very same tensors
         with torch.no_grad():
-            by_router[name] = routing_statistics(output.router_logits, output.top_k_index, mask)
-        route = Route(output.top_k_index, mask)
+            by_router[name] = routing_statistics(output.router_logits, output.counted_index, mask)
         if self.listeners:
-            forward_pass.routes.setdefault(adapter_name, {})[name] = route
-        if output.router_logits.requires_grad:
-            self.live.setdefault(adapter_name, {})[name] = (output.router_logits, route)
+            forward_pass.routes.setdefault(adapter_name, {})[name] = Route(output.top_k_index, mask)
+        if is_training and forward_pass.has_gradient:
+            forward_pass.is_training = True
+            if output.router_logits.requires_grad:
+                self.live.setdefault(adapter_name, {})[name] = (output.router_logits, output.counted_index, mask)
 
     def live_statistics(self) -> dict[str, dict[str, RoutingStatistics]]:
         """Statistics of the latest pass with their graph, adapter name → router name → statistics."""
         return {
             adapter_name: {
-                name: routing_statistics(logits, route.top_k_index, route.token_mask)
-                for name, (logits, route) in by_router.items()
+                name: routing_statistics(logits, index, mask) for name, (logits, index, mask) in by_router.items()
             }
             for adapter_name, by_router in self.live.items()
         }
 
     def find_pass(self) -> ForwardPass | None:
-        """The pass that the running code belongs to: the open one, else the one whose backward runs, else the last."""
-        return self.current or self.in_backward or self.latest
+        """The pass that the running code belongs to: the open one, in a recomputation the one whose backward runs (or
+        the latest, if its backward did not come through the model's outputs), else none."""
+        if self.current is not None:
+            return self.current
+        is_in_backward = torch._C._current_graph_task_id() != -1  # as torch.utils.checkpoint asks
+        return (self.in_backward or self.latest) if is_in_backward else None
 
 
 def _unique(name: str, taken: dict[str, Any]) -> str:
@@ -275,20 +294,29 @@ def install_recorder(base_model: nn.Module) -> RoutingRecorder:
         if isinstance(hook, _BeginPass):
             return hook.recorder
     recorder = RoutingRecorder()
-    parameters = list(inspect.signature(type(base_model).forward).parameters)[1:]
-    positions = {name: parameters.index(name) for name in _INPUT_NAMES if name in parameters}
-    base_model.register_forward_pre_hook(_BeginPass(recorder, positions), with_kwargs=True)
-    base_model.register_forward_hook(_EndPass(recorder), always_call=True)
+    for module in _entrances(base_model):
+        parameters = list(inspect.signature(type(module).forward).parameters)[1:]
+        positions = {name: parameters.index(name) for name in _INPUT_NAMES if name in parameters}
+        module.register_forward_pre_hook(_BeginPass(recorder, positions), with_kwargs=True)
+        module.register_forward_hook(_EndPass(recorder), always_call=True)
     return recorder
+
+
+def _entrances(base_model: nn.Module) -> list[nn.Module]:
+    """The model itself and its backbone, which value heads and chunked losses call directly."""
+    backbone = getattr(base_model, "base_model", None)
+    is_inside = isinstance(backbone, nn.Module) and backbone is not base_model
+    return [base_model, backbone] if is_inside and isinstance(backbone, nn.Module) else [base_model]
 
 
 def remove_recorder(base_model: nn.Module) -> None:
     """Detach the recorder from `base_model`."""
-    for hooks, flags in (
-        (base_model._forward_pre_hooks, base_model._forward_pre_hooks_with_kwargs),
-        (base_model._forward_hooks, base_model._forward_hooks_always_called),
-    ):
-        for handle, hook in list(hooks.items()):
-            if isinstance(hook, _BeginPass | _EndPass):
-                del hooks[handle]
-                flags.pop(handle, None)
+    for module in _entrances(base_model):
+        for hooks, flags in (
+            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+            (module._forward_hooks, module._forward_hooks_always_called),
+        ):
+            for handle, hook in list(hooks.items()):
+                if isinstance(hook, _BeginPass | _EndPass):
+                    del hooks[handle]
+                    flags.pop(handle, None)

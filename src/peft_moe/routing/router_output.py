@@ -19,11 +19,20 @@ class RouterOutput:
         top_k_weights (`torch.Tensor` of shape `(T, K)`, float32, or `None`):
             What the output of each chosen expert is multiplied with. `None` means that every weight is exactly 1 and
             carries no gradient.
+        balance_index (`torch.Tensor` of shape `(T, K')`, int64, *optional*):
+            The choices that load balancing counts, where that is not `top_k_index`: a dense mixture visits every expert,
+            and counts the best one.
     """
 
     router_logits: torch.Tensor
     top_k_index: torch.Tensor
     top_k_weights: torch.Tensor | None
+    balance_index: torch.Tensor | None = None
+
+    @property
+    def counted_index(self) -> torch.Tensor:
+        """The choices that load balancing counts: `(T, K)` or `(T, 1)`."""
+        return self.top_k_index if self.balance_index is None else self.balance_index
 
     @property
     def num_experts(self) -> int:

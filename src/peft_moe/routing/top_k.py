@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -104,6 +105,16 @@ class TopKRouter(nn.Module):
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> TopKRouter:
+        """Follow the model to another device, but stay float32 where it is cast to half precision."""
+
+        def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        return self
+
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Score every expert for every token: `(T, D)` of any float dtype → `(T, E)` float32."""
         with torch.autocast(device_type=hidden_states.device.type, enabled=False):
@@ -119,7 +130,8 @@ class TopKRouter(nn.Module):
         router_logits = self.logits(hidden_states)
         if self.soft:
             index = torch.arange(self.num_experts, device=router_logits.device).expand(router_logits.shape)
-            return RouterOutput(router_logits, index, torch.softmax(router_logits, dim=-1))
+            best = router_logits.argmax(dim=-1, keepdim=True)
+            return RouterOutput(router_logits, index, torch.softmax(router_logits, dim=-1), balance_index=best)
         # softmax is monotonic: the choice can be made on logits, and mode "none" never needs probabilities
         top_logits, top_k_index = torch.topk(router_logits, self.top_k, dim=-1)
         if self.gate_scale == "none" or (self.gate_scale == "straight_through" and not router_logits.requires_grad):

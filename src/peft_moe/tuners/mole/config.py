@@ -19,7 +19,7 @@ ATTENTION = "attention"
 
 @dataclass
 class MoLEConfig(MoeTunerConfig):
-    """Configuration of a [`MoLEModel`]: every MLP gets a router and a few LoRA experts, each token goes to its top one.
+    """Configuration of a [`MoLEModel`]: every MLP gets a router and a few LoRA experts, each token uses its best ones.
 
     After LLaVA-MoLE (https://huggingface.co/papers/2401.16160). `docs/methods/mole.md` maps the symbols of the paper to
     these fields and lists every place where paper and released code differ.
@@ -32,11 +32,11 @@ class MoLEConfig(MoeTunerConfig):
             Experts per token (K). Paper: 1. The default of 2, weighted by probability, was better on real data in every
             seed (`docs/log.md`).
         r (`int`):
-            Rank of each expert. Paper: 32.
+            Rank of each expert. Released code: 32.
         lora_alpha (`int`):
-            Each expert is scaled by `lora_alpha / r`. Paper: 2 r.
+            Each expert is scaled by `lora_alpha / r`. Released code: 2 r.
         lora_dropout (`float`):
-            Dropout on the input of the experts, not of the router. Paper: 0.05.
+            Dropout on the input of the experts, not of the router. Released code: 0.05.
         use_rslora (`bool`):
             Scale by `lora_alpha / sqrt(r)` instead.
         target_modules (`Union[list[str], str]`, *optional*):
@@ -65,7 +65,8 @@ class MoLEConfig(MoeTunerConfig):
         router_dtype (`"float32"`):
             Routers compute in float32; nothing else is accepted.
         router_aux_loss_coef (`float`):
-            Weight of the load-balancing loss. 0 turns it off.
+            Weight of the load-balancing loss. 0 turns it off. Where `top_k` equals the number of experts it has no
+            effect: every expert is always used. With `soft` it counts the best expert of each token.
         router_aux_loss_type (`"switch"`, `"pooled"` or `"mole"`):
             Its form, see [`~peft_moe.losses.load_balancing_loss`]. `"mole"` is that of the released code.
         router_z_loss_coef (`float`):
@@ -159,6 +160,9 @@ class MoLEConfig(MoeTunerConfig):
         super().__post_init__()
         self.peft_type = peft_type("MOLE")
         check_checkpoint_format(self.checkpoint_format, method="MoLE")
+        for name in ("num_experts_pattern", "rank_pattern", "alpha_pattern"):
+            if getattr(self, name) is None:
+                setattr(self, name, {})
         for name in ("target_modules", "exclude_modules", "lora_target_modules"):
             value = getattr(self, name)
             if isinstance(value, list):

@@ -112,11 +112,6 @@ class MoLELayer(BaseTunerLayer):
         else:
             nn.init.zeros_(B.weight)
 
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
-        if adapter_name in self.mole_router and not self.mole_router[adapter_name].weight.is_meta:
-            self.mole_router[adapter_name].float()
-
     def is_exactly_mergeable(self, adapter_name: str) -> bool:
         """Whether the adapter is one LoRA for every token here."""
         return self.num_experts.get(adapter_name, 1) == 1
@@ -182,16 +177,17 @@ class Linear(nn.Module, MoLELayer):
         routed = None
         if adapter_name in self.mole_router:
             routed, output = self._route(adapter_name, x)
-            hidden_states = self.aux_loss.inject(
-                hidden_states,
-                output.router_logits,
-                output.top_k_index,
-                recorder=self.recorder,
-                adapter_name=adapter_name,
-                router_name=self.scopes[adapter_name].name,
-                shape=x.shape[:-1],
-                is_decoder=self.is_decoder,
-            )
+            if self.training:
+                hidden_states = self.aux_loss.inject(
+                    hidden_states,
+                    output.router_logits,
+                    output.counted_index,
+                    recorder=self.recorder,
+                    adapter_name=adapter_name,
+                    router_name=self.scopes[adapter_name].name,
+                    shape=x.shape[:-1],
+                    is_decoder=self.is_decoder,
+                )
         elif adapter_name in self.scopes:
             routed = self.scopes[adapter_name].take(self.name, x.shape[:-1].numel())
         if self.training:
@@ -212,13 +208,26 @@ class Linear(nn.Module, MoLELayer):
 
     def _route(self, adapter_name: str, x: torch.Tensor) -> tuple[RoutedTokens, RouterOutput]:
         scope = self.scopes[adapter_name]
+        if "_is_replica" in self.__dict__:
+            raise RuntimeError(
+                "MoLE does not support nn.DataParallel, which Trainer uses when one process sees several GPUs: its "
+                "replicas would share the routing of one model. Launch with `accelerate launch` or `torchrun`, or make a "
+                "single GPU visible with CUDA_VISIBLE_DEVICES."
+            )
         if self.training and not torch.compiler.is_compiling():
             refuse_reentrant_checkpointing_under_ddp(self.recorder)
         output = self.mole_router[adapter_name](x.reshape(-1, self.in_features))
         _check_finite(output.router_logits, scope)
         is_training = self.training and adapter_name in self.aux_loss.functions
         if self.recorder.needs_record(is_training=is_training):
-            self.recorder.record(adapter_name, scope.name, output, shape=x.shape[:-1], is_decoder=self.is_decoder)
+            self.recorder.record(
+                adapter_name,
+                scope.name,
+                output,
+                shape=x.shape[:-1],
+                is_training=is_training,
+                is_decoder=self.is_decoder,
+            )
         routed = RoutedTokens(DispatchPlan.from_index(output.top_k_index, output.num_experts), output.top_k_weights)
         scope.leave(routed)
         return routed, output

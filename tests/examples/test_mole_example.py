@@ -1,0 +1,91 @@
+"""The MoLE examples run from end to end in a small form: a tiny model with the tokenizer of the real one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from pretrained import smollm2_path
+from tiny_models import tiny_llama
+
+
+pytestmark = pytest.mark.slow
+MOLE = Path(__file__).resolve().parents[2] / "examples" / "mole"
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_path())
+    tokenizer.save_pretrained(folder)
+    tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=512).save_pretrained(folder)
+    return folder
+
+
+def demo_command(model: Path, output: Path, *extra: str) -> list[str]:
+    size = ["--steps", "12", "--batch_size", "2", "--rows", "8", "--eval_rows", "2"]
+    return [
+        sys.executable,
+        str(MOLE / "demo.py"),
+        "--model_name_or_path",
+        str(model),
+        "--output_dir",
+        str(output),
+        *size,
+        *extra,
+    ]
+
+
+def run(command: list[str]) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=400, env=environment()).stdout
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def test_demo_goes_on_where_it_was_killed(tiny_model, tmp_path):
+    output = tmp_path / "demo"
+    checkpoint = output / "checkpoints" / "checkpoint-8" / "trainer_state.json"
+    process = subprocess.Popen(
+        demo_command(tiny_model, output), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment()
+    )
+    deadline = time.monotonic() + 300
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert checkpoint.exists()
+    before = json.loads((output / "report.json").read_text())["before"]
+    printed = run(demo_command(tiny_model, output))
+    report = json.loads((output / "report.json").read_text())
+    assert report["before"] == before
+    assert report["reload_is_bit_equal"] is True
+    assert report["after"]["answer_nll"] != before["answer_nll"]
+    assert (output / "adapter" / "adapter_model.safetensors").exists()
+    assert (output / "expert_load.png").stat().st_size > 10_000
+    assert "bit-equal logits in a new process" in printed
+
+
+def test_other_settings_do_not_mix_with_an_earlier_run(tiny_model, tmp_path):
+    (tmp_path / "report.json").write_text(json.dumps({"settings": {"steps": 1}}))
+    result = subprocess.run(
+        demo_command(tiny_model, tmp_path), capture_output=True, text=True, timeout=200, env=environment()
+    )
+    assert result.returncode != 0
+    assert "use --restart" in result.stderr
+
+
+def test_training_script_writes_an_adapter(tiny_model, tmp_path):
+    arguments = ["--model_name_or_path", str(tiny_model), "--output_dir", str(tmp_path), "--max_steps", "2"]
+    run([sys.executable, str(MOLE / "train.py"), *arguments])
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["peft_type"] == "MOLE"
+    assert config["base_model_name_or_path"] == str(tiny_model)
