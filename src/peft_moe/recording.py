@@ -305,8 +305,9 @@ def install_recorder(base_model: nn.Module) -> RoutingRecorder:
 def _entrances(base_model: nn.Module) -> list[nn.Module]:
     """The model itself and its backbone, which value heads and chunked losses call directly."""
     backbone = getattr(base_model, "base_model", None)
-    is_inside = isinstance(backbone, nn.Module) and backbone is not base_model
-    return [base_model, backbone] if is_inside and isinstance(backbone, nn.Module) else [base_model]
+    if isinstance(backbone, nn.Module) and backbone is not base_model:
+        return [base_model, backbone]
+    return [base_model]
 
 
 def remove_recorder(base_model: nn.Module) -> None:
