@@ -22,6 +22,7 @@ class KernelCase:
     is_strided: bool = False
     has_expanded_grad: bool = False
     is_dispatched: bool = True
+    tokens_per_example: int = 1
     scaling: float = field(default=0.75)
 
 
@@ -41,6 +42,14 @@ CASES: dict[str, KernelCase] = {
     "strided": KernelCase("inputs are slices of larger tensors", is_strided=True),
     "expanded_grad": KernelCase("the gradient of out.sum() has stride 0", has_expanded_grad=True),
     "hundred_tokens": KernelCase("more tokens than experts or columns", num_tokens=100, num_experts=6),
+    "by_example": KernelCase("whole examples are routed, as in MoCLE", num_tokens=12, tokens_per_example=4),
+    "by_example_forced": KernelCase(
+        "two examples share an expert, one names it twice",
+        num_tokens=9,
+        tokens_per_example=3,
+        forced=[[1, 3]] * 2 + [[3, 3]],
+    ),
+    "one_example": KernelCase("a batch of one", num_tokens=5, tokens_per_example=5, top_k=3),
     "plain_lora": KernelCase("no plan: ordinary LoRA", num_experts=1, top_k=1, is_dispatched=False),
 }
 
@@ -62,19 +71,24 @@ def make_inputs(case: KernelCase, dtype: torch.dtype) -> dict[str, torch.Tensor]
         "A": tensor(case, case.num_experts, case.rank, case.in_features, dtype=dtype),
         "B": tensor(case, case.num_experts, case.rank, case.out_features, dtype=dtype),
         "top_k_weights": tensor(
-            case, case.num_tokens, case.top_k, dtype=dtype if dtype is torch.float64 else torch.float32
+            case, num_examples(case), case.top_k, dtype=dtype if dtype is torch.float64 else torch.float32
         ),
     }
 
 
+def num_examples(case: KernelCase) -> int:
+    """How many rows the plan has."""
+    return case.num_tokens // case.tokens_per_example
+
+
 def make_index(case: KernelCase) -> torch.Tensor:
-    """`(T, K)` distinct experts per token, or those that the case forces."""
+    """`(B, K)` distinct experts per example (per token, if not said otherwise), or those that the case forces."""
     torch.manual_seed(1)
     if case.forced is not None:
         return torch.tensor(case.forced)
     if case.num_tokens == 0:
         return torch.empty(0, case.top_k, dtype=torch.int64)
-    return torch.stack([torch.randperm(case.num_experts)[: case.top_k] for _ in range(case.num_tokens)])
+    return torch.stack([torch.randperm(case.num_experts)[: case.top_k] for _ in range(num_examples(case))])
 
 
 def make_grad_out(case: KernelCase, dtype: torch.dtype) -> torch.Tensor:

@@ -27,7 +27,11 @@ def lora_experts_oracle(
 
 
 def outputs_and_gradients(
-    inputs: dict[str, torch.Tensor], top_k_index: torch.Tensor, scaling: float, grad_out: torch.Tensor
+    inputs: dict[str, torch.Tensor],
+    top_k_index: torch.Tensor,
+    scaling: float,
+    grad_out: torch.Tensor,
+    tokens_per_example: int = 1,
 ) -> dict[str, torch.Tensor]:
     """`out` and the gradient of each input, in float64, from inputs of any dtype."""
     leaves = {name: tensor.detach().double().requires_grad_() for name, tensor in inputs.items()}
@@ -37,8 +41,10 @@ def outputs_and_gradients(
         flat["base_out"],
         leaves["A"],
         leaves["B"],
-        top_k_index.tolist(),
-        flat["top_k_weights"],
+        [row for row in top_k_index.tolist() for _ in range(tokens_per_example)],
+        torch.stack([row for row in flat["top_k_weights"] for _ in range(tokens_per_example)])
+        if top_k_index.shape[0]
+        else flat["top_k_weights"],
         scaling,
     )
     gradients = torch.autograd.grad(out, list(leaves.values()), grad_out.double(), allow_unused=True)

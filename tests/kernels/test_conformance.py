@@ -28,6 +28,7 @@ def skip_unless_supported(backend: str, case: KernelCase, dtype: torch.dtype) ->
         case.top_k if case.is_dispatched else 0,
         dtype,
         "cpu",
+        case.tokens_per_example,
     )
     for can_run, reason in (BACKENDS[backend].is_usable(), BACKENDS[backend].supports(facts)):
         if not can_run:
@@ -35,7 +36,9 @@ def skip_unless_supported(backend: str, case: KernelCase, dtype: torch.dtype) ->
 
 
 def call(backend: str, case: KernelCase, inputs: dict[str, torch.Tensor], **changes: object) -> torch.Tensor:
-    plan = DispatchPlan.from_index(make_index(case), case.num_experts) if case.is_dispatched else None
+    plan = None
+    if case.is_dispatched:
+        plan = DispatchPlan.from_index(make_index(case), case.num_experts, tokens_per_example=case.tokens_per_example)
     return lora_experts(**{**inputs, "plan": plan, "scaling": case.scaling, "backend": backend, **changes})
 
 
@@ -43,7 +46,7 @@ def call(backend: str, case: KernelCase, inputs: dict[str, torch.Tensor], **chan
 def oracle_says(name: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     case = CASES[name]
     inputs, grad_out = make_inputs(case, dtype), make_grad_out(case, dtype)
-    return outputs_and_gradients(inputs, make_index(case), case.scaling, grad_out)
+    return outputs_and_gradients(inputs, make_index(case), case.scaling, grad_out, case.tokens_per_example)
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -71,13 +74,13 @@ def test_backend_agrees_with_the_oracle(backend: str, dtype: torch.dtype, name: 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["top_1", "top_2", "same_expert_twice", "plain_lora"])
+@pytest.mark.parametrize("name", ["top_1", "top_2", "same_expert_twice", "by_example", "plain_lora"])
 def test_no_weights_mean_that_every_weight_is_one(backend: str, name: str) -> None:
     case = CASES[name]
     skip_unless_supported(backend, case, torch.float32)
     inputs, grad_out = make_inputs(case, torch.float32), make_grad_out(case, torch.float32)
     inputs["top_k_weights"] = torch.ones_like(inputs["top_k_weights"]).requires_grad_()
-    expected = outputs_and_gradients(inputs, make_index(case), case.scaling, grad_out)
+    expected = outputs_and_gradients(inputs, make_index(case), case.scaling, grad_out, case.tokens_per_example)
     out = call(backend, case, inputs, top_k_weights=None)
     without_weights = {key: value for key, value in inputs.items() if key != "top_k_weights"}
     found = {"out": out, **gradients(out, without_weights, grad_out)}
@@ -85,7 +88,7 @@ def test_no_weights_mean_that_every_weight_is_one(backend: str, name: str) -> No
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["top_1", "top_2", "plain_lora"])
+@pytest.mark.parametrize("name", ["top_1", "top_2", "by_example", "plain_lora"])
 def test_writing_in_place_changes_no_number(backend: str, name: str) -> None:
     case = CASES[name]
     skip_unless_supported(backend, case, torch.float32)
@@ -109,7 +112,7 @@ def test_base_out_is_left_alone_unless_asked(backend: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["top_2", "plain_lora"])
+@pytest.mark.parametrize("name", ["top_2", "by_example", "plain_lora"])
 @pytest.mark.parametrize("wanted", ["hidden_states", "base_out", "A", "B", "top_k_weights"])
 def test_one_gradient_can_be_wanted_without_the_others(backend: str, name: str, wanted: str) -> None:
     case = CASES[name]
@@ -155,7 +158,9 @@ def test_double_backward_raises(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["empty_experts", "odd_sizes", "hundred_tokens", "plain_lora", "no_tokens"])
+@pytest.mark.parametrize(
+    "name", ["empty_experts", "odd_sizes", "hundred_tokens", "by_example_forced", "plain_lora", "no_tokens"]
+)
 def test_no_element_is_left_unwritten(backend: str, name: str) -> None:
     skip_unless_supported(backend, CASES[name], torch.float32)
     inputs = make_inputs(CASES[name], torch.float32)

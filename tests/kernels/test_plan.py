@@ -64,7 +64,7 @@ def test_a_row_belongs_to_the_token_of_its_pair(routing: tuple[torch.Tensor, int
 
 def test_making_a_plan_sorts_nothing() -> None:
     plan = DispatchPlan.from_index(torch.zeros(4, 2, dtype=torch.int64), 3)
-    assert set(vars(plan)) == {"top_k_index", "num_experts", "derived"}
+    assert set(vars(plan)) == {"example_index", "num_experts", "tokens_per_example", "derived"}
 
 
 def test_the_sort_happens_once() -> None:
@@ -86,3 +86,20 @@ def test_an_index_of_the_wrong_kind_is_refused_with_advice(index: torch.Tensor) 
 def test_a_plan_without_experts_is_refused() -> None:
     with pytest.raises(ValueError, match="num_experts >= 1, but got 0"):
         DispatchPlan.from_index(torch.zeros(4, 2, dtype=torch.int64), 0)
+
+
+@given(routings(), st.integers(1, 5))
+@settings(deadline=None, max_examples=60)
+def test_every_token_of_an_example_goes_where_the_example_goes(
+    routing: tuple[torch.Tensor, int], tokens_per_example: int
+) -> None:
+    index, num_experts = routing
+    plan = DispatchPlan.from_index(index, num_experts, tokens_per_example=tokens_per_example)
+    expected = [row for row in index.tolist() for _ in range(tokens_per_example)]
+    assert plan.num_examples == len(index) and plan.num_tokens == len(expected)
+    assert plan.top_k_index.tolist() == expected
+
+
+def test_an_example_without_tokens_is_refused() -> None:
+    with pytest.raises(ValueError, match="tokens_per_example >= 1, but got 0"):
+        DispatchPlan.from_index(torch.zeros(4, 2, dtype=torch.int64), 3, tokens_per_example=0)

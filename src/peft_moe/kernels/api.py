@@ -6,7 +6,7 @@ import torch
 
 from .backend import Backend, Run
 from .case import Case
-from .plan import DispatchPlan
+from .plan import DispatchPlan, per_token
 from .registry import BACKENDS
 from .selection import choose, decide, forced_backend
 from .validation import check_arguments
@@ -39,7 +39,8 @@ def lora_experts(
             Where the T tokens go; T is the product of the leading dimensions. `None` is ordinary LoRA: E = 1, used by
             every token.
         top_k_weights (`torch.Tensor` of shape `(T, K)`, *optional*):
-            Weights of the experts; `None` is 1 everywhere. May require a gradient.
+            Weights of the experts; `None` is 1 everywhere. May require a gradient. `(B, K)` where the plan routes whole
+            examples.
         scaling (`float`):
             LoRA's alpha / r.
         backend (`str`):
@@ -71,6 +72,8 @@ def lora_experts(
     run = chosen.run
     if plan is None and chosen.needs_plan:
         plan = DispatchPlan.single_expert(case.num_tokens, A.device)
+    if plan is not None and top_k_weights is not None and not chosen.takes_examples:
+        top_k_weights = per_token(top_k_weights, plan.tokens_per_example)
     if A.dtype == torch.float64 and top_k_weights is not None:
         top_k_weights = top_k_weights.double()
     if torch.is_autocast_enabled(case.device):

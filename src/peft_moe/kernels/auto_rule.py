@@ -27,6 +27,8 @@ class Row(NamedTuple):
             Bounds of K.
         max_pairs (`float`):
             Largest number of (token, slot) pairs T·K.
+        min_tokens_per_example (`int`):
+            Smallest number of tokens that are routed as one.
         max_relative_rank (`float`):
             Largest E·R divided by the smaller of in and out features: how dear `dense` is against the base layer.
     """
@@ -38,6 +40,7 @@ class Row(NamedTuple):
     min_top_k: int = 0
     max_top_k: float = float("inf")
     max_pairs: float = float("inf")
+    min_tokens_per_example: int = 1
     max_relative_rank: float = float("inf")
 
     def fits(self, case: Case) -> bool:
@@ -49,12 +52,14 @@ class Row(NamedTuple):
             and self.is_dispatched in (None, case.is_dispatched)
             and self.min_top_k <= case.top_k <= self.max_top_k
             and pairs <= self.max_pairs
+            and self.min_tokens_per_example <= case.tokens_per_example
             and case.num_experts * case.rank <= self.max_relative_rank * width
         )
 
 
 RULE: tuple[Row, ...] = (
     Row("plain", "there is one expert and nothing to dispatch", is_dispatched=False),
+    Row("gather", "whole examples are routed: one batched product, no sort", min_tokens_per_example=2),
     Row("pair_loop", "a handful of pairs: nothing is cheaper than to use the experts in place", "cpu", max_pairs=8),
     Row("dense", "several slots and few columns: cheaper than sorting", "cpu", min_top_k=2, max_relative_rank=0.1),
     Row("grouped_mm", "few pairs: the loop over experts is better left to torch", "cpu", max_pairs=512),
@@ -68,5 +73,6 @@ RULE: tuple[Row, ...] = (
 # under a compiler the choice is between backends that trace whole
 COMPILED_RULE: tuple[Row, ...] = (
     Row("plain", "there is one expert and nothing to dispatch", is_dispatched=False),
+    Row("gather", "whole examples are routed: one batched product, no sort", min_tokens_per_example=2),
     Row("dense", "traces whole under torch.compile"),
 )

@@ -61,6 +61,8 @@ class Backend:
             Whether `torch.compile(fullgraph=True)` can trace it.
         needs_plan (`bool`):
             Whether ordinary LoRA reaches it with a plan that sends every token to expert 0; `False` to get `None`.
+        takes_examples (`bool`):
+            Whether weights of a plan that routes whole examples reach it as `(B, K)`; `False` to get `(T, K)`.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Backend:
     supports: Callable[[Case], tuple[bool, str]] = supports_everything
     traces_fullgraph: bool = False
     needs_plan: bool = True
+    takes_examples: bool = False
 
 
 def discover(package: ModuleType) -> dict[str, Backend]:

@@ -17,23 +17,33 @@ class DispatchPlan:
     A *row* is a pair after sorting by expert; the sort is stable, so the rows of an expert keep the order of tokens.
 
     Args:
-        top_k_index (`torch.Tensor` of shape `(T, K)`, int64):
-            The experts of each token. A token may name the same expert twice; both count.
+        example_index (`torch.Tensor` of shape `(B, K)`, int64):
+            The experts of each example. An example may name the same expert twice; both count.
         num_experts (`int`):
             Number of experts (E).
+        tokens_per_example (`int`):
+            Consecutive tokens that share one row of `example_index` (S), so that T = B·S. With 1, the default, every
+            token is routed on its own.
     """
 
-    top_k_index: torch.Tensor
+    example_index: torch.Tensor
     num_experts: int
+    tokens_per_example: int = 1
     derived: dict[object, Any] = field(default_factory=dict, init=False, repr=False)
     """What a backend derives from the plan and wants back in the next call, under a key of its own."""
 
     @classmethod
-    def from_index(cls, top_k_index: torch.Tensor, num_experts: int) -> DispatchPlan:
+    def from_index(cls, top_k_index: torch.Tensor, num_experts: int, *, tokens_per_example: int = 1) -> DispatchPlan:
         """Make a plan from the choice of a router. Does not look at the values, so it never waits for a device.
 
+        Args:
+            top_k_index (`torch.Tensor` of shape `(B, K)`, int64):
+                One row per example; per token, with `tokens_per_example=1`.
+            num_experts (`int`), tokens_per_example (`int`):
+                As above.
+
         Raises:
-            `ValueError`: if `top_k_index` is not a 2-D int64 tensor or `num_experts` is not positive.
+            `ValueError`: if `top_k_index` is not a 2-D int64 tensor or a number is not positive.
         """
         if top_k_index.dim() != 2 or top_k_index.dtype != torch.int64:
             raise ValueError(
@@ -43,7 +53,12 @@ class DispatchPlan:
             )
         if num_experts < 1:
             raise ValueError(f"DispatchPlan needs num_experts >= 1, but got {num_experts}. Pass the router's E.")
-        return cls(top_k_index, num_experts)
+        if tokens_per_example < 1:
+            raise ValueError(
+                f"DispatchPlan needs tokens_per_example >= 1, but got {tokens_per_example}. Pass the number of tokens "
+                "that share one row of top_k_index."
+            )
+        return cls(top_k_index, num_experts, tokens_per_example)
 
     @classmethod
     def single_expert(cls, num_tokens: int, device: torch.device) -> DispatchPlan:
@@ -53,12 +68,27 @@ class DispatchPlan:
     @property
     def num_tokens(self) -> int:
         """Number of tokens (T)."""
-        return self.top_k_index.shape[0]
+        return self.example_index.shape[0] * self.tokens_per_example
+
+    @property
+    def num_examples(self) -> int:
+        """Number of examples (B); that of the tokens where each is routed on its own."""
+        return self.example_index.shape[0]
 
     @property
     def top_k(self) -> int:
         """Experts per token (K)."""
-        return self.top_k_index.shape[1]
+        return self.example_index.shape[1]
+
+    @property
+    def top_k_index(self) -> torch.Tensor:
+        """`(T, K)` int64: the experts of each token."""
+        if self.tokens_per_example == 1:
+            return self.example_index
+        if "top_k_index" not in self.derived:  # no cached_property: compilers cannot trace its lock
+            self.derived["top_k_index"] = per_token(self.example_index, self.tokens_per_example)
+        index: torch.Tensor = self.derived["top_k_index"]
+        return index
 
     @cached_property
     def pair_of_row(self) -> torch.Tensor:
@@ -95,3 +125,8 @@ class DispatchPlan:
     def expert_load_on_host(self) -> tuple[int, ...]:
         """`expert_load` as Python integers. Waits for the device: only for backends that run on the CPU."""
         return tuple(self.expert_load.tolist())
+
+
+def per_token(rows_BK: torch.Tensor, tokens_per_example: int) -> torch.Tensor:
+    """`(B, K)` → `(T, K)`: repeat what belongs to an example for each of its tokens."""
+    return rows_BK if tokens_per_example == 1 else rows_BK.repeat_interleave(tokens_per_example, dim=0)

@@ -89,7 +89,10 @@ def decide(requested: str, forced: str, case: Case, *, is_compiling: bool = Fals
 def shape_class(case: Case) -> str:
     """The case with its number of tokens rounded up to a power of two."""
     tokens = 0 if case.num_tokens == 0 else 1 << (case.num_tokens - 1).bit_length()
-    return case._replace(num_tokens=tokens).describe().replace("tokens=", "tokens<=", 1)
+    per_example = 1 if case.tokens_per_example == 1 else tokens
+    return (
+        case._replace(num_tokens=tokens, tokens_per_example=per_example).describe().replace("tokens=", "tokens<=", 1)
+    )
 
 
 @cache
@@ -111,6 +114,7 @@ def explain(
     num_experts: int,
     rank: int,
     top_k: int,
+    tokens_per_example: int = 1,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     backend: str = "auto",
@@ -124,6 +128,8 @@ def explain(
             D, O, E, R.
         top_k (`int`):
             Experts per token (K); 0 for ordinary LoRA without a plan.
+        tokens_per_example (`int`):
+            Consecutive tokens that are routed as one (MoCLE routes whole examples).
         dtype (`torch.dtype`):
             Compute dtype.
         device (`str` or `torch.device`):
@@ -140,5 +146,7 @@ def explain(
     'plain'
     """
     device_type = torch.device(device).type
-    case = Case(num_tokens, in_features, out_features, num_experts, rank, top_k, dtype, device_type)
+    case = Case(
+        num_tokens, in_features, out_features, num_experts, rank, top_k, dtype, device_type, tokens_per_example
+    )
     return decide(backend, forced_backend(), case)

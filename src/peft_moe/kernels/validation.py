@@ -22,9 +22,10 @@ def check_arguments(
         num_experts, rank, in_features = A_shape
         out_features = B_shape[2]
         num_tokens = x_shape[0] if len(x_shape) == 2 else x_shape[:-1].numel()
-        top_k, plan_tokens, plan_experts = 0, num_tokens, 1
+        top_k, plan_examples, plan_experts, tokens_per_example = 0, num_tokens, 1, 1
         if plan is not None:
-            (plan_tokens, top_k), plan_experts = plan.top_k_index.shape, plan.num_experts
+            (plan_examples, top_k), plan_experts = plan.example_index.shape, plan.num_experts
+            tokens_per_example = plan.tokens_per_example
         dtype, device = A.dtype, A.device
         fits = (
             x_shape[-1] == in_features
@@ -32,13 +33,23 @@ def check_arguments(
             and B_shape[1] == rank
             and out_shape[-1] == out_features
             and out_shape[:-1] == x_shape[:-1]
-            and plan_tokens == num_tokens
+            and plan_examples * tokens_per_example == num_tokens
             and hidden_states.dtype == dtype == B.dtype
             and hidden_states.device == device == B.device == base_out.device
-            and (top_k_weights is None or top_k_weights.shape == (num_tokens, top_k or 1))
+            and (top_k_weights is None or top_k_weights.shape == (plan_examples, top_k or 1))
         )
         if fits:
-            return Case(num_tokens, in_features, out_features, num_experts, rank, top_k, dtype, device.type)
+            return Case(
+                num_tokens,
+                in_features,
+                out_features,
+                num_experts,
+                rank,
+                top_k,
+                dtype,
+                device.type,
+                tokens_per_example,
+            )
     raise ValueError(" ".join(problems(hidden_states, base_out, A, B, plan, top_k_weights)))
 
 
@@ -87,7 +98,7 @@ def problems(
             f"the plan is for {plan.num_tokens} tokens and {plan.num_experts} experts, but there are {num_tokens} tokens "
             f"and {A.shape[0]} experts. Make the plan from the routing of this batch."
         )
-    expected = (num_tokens, 1 if plan is None else plan.top_k)
+    expected = (num_tokens, 1) if plan is None else tuple(plan.example_index.shape)
     if top_k_weights is not None and tuple(top_k_weights.shape) != expected:
-        found.append(f"top_k_weights is {tuple(top_k_weights.shape)}, but must be {expected}, as top_k_index is.")
+        found.append(f"top_k_weights is {tuple(top_k_weights.shape)}, but must be {expected}, as the plan's index is.")
     return found

@@ -1,6 +1,8 @@
-"""`gather`: each token brings its own copy of the experts it chose; no sort. For a handful of tokens (decode).
+"""`gather`: each example brings its own copy of the experts it chose; no sort, one batched product.
 
-The copies take N·R·(D + O) elements, so it refuses more than `MAX_COPIED_ELEMENTS`. C = K·R columns per token.
+Made for routing by example, where the copies are shared by all tokens of one, and for a handful of tokens (decode), each
+of which is then an example of one token. The copies take B·K·R·(D + O) elements, so it refuses more than
+`MAX_COPIED_ELEMENTS`. S tokens per example, C = K·R columns.
 """
 
 from __future__ import annotations
@@ -18,28 +20,34 @@ MAX_COPIED_ELEMENTS = 2**28
 
 def supports(case: Case) -> tuple[bool, str]:
     """Only while the copies of the experts stay small."""
-    copied = case.num_tokens * max(case.top_k, 1) * case.rank * (case.in_features + case.out_features)
+    copied = case.num_examples * max(case.top_k, 1) * case.rank * (case.in_features + case.out_features)
     if copied > MAX_COPIED_ELEMENTS:
         return (
             False,
-            f"it copies the chosen experts for each token, here {copied} elements (limit {MAX_COPIED_ELEMENTS})",
+            f"it copies the chosen experts for each example, here {copied} elements (limit {MAX_COPIED_ELEMENTS})",
         )
     return True, f"copies {copied} elements"
 
 
+def by_example(rows_TW: torch.Tensor, plan: DispatchPlan) -> torch.Tensor:
+    """`(T, W)` → `(B, S, W)`, a view where that is possible."""
+    return rows_TW.reshape(plan.num_examples, plan.tokens_per_example, rows_TW.shape[1])
+
+
 def chosen(experts: torch.Tensor, plan: DispatchPlan) -> torch.Tensor:
-    """`(E, R, W)` → `(T, K·R, W)`: the chosen experts of each token, stacked along the rank."""
-    rows = experts.index_select(0, plan.top_k_index.reshape(-1))
-    return rows.view(plan.num_tokens, plan.top_k * experts.shape[1], experts.shape[2])
+    """`(E, R, W)` → `(B, K·R, W)`: the chosen experts of each example, stacked along the rank."""
+    rows = experts.index_select(0, plan.example_index.reshape(-1))
+    return rows.view(plan.num_examples, plan.top_k * experts.shape[1], experts.shape[2])
 
 
-def weighted(projected_T1C: torch.Tensor, weights_TK: torch.Tensor | None) -> torch.Tensor:
+def weighted(projected_BSC: torch.Tensor, weights_BK: torch.Tensor | None) -> torch.Tensor:
     """Multiply each slot's block of R columns by its weight, in the wider dtype of the two."""
-    if weights_TK is None:
-        return projected_T1C
-    num_tokens, top_k = weights_TK.shape
-    blocks_TKR = projected_T1C.view(num_tokens, top_k, projected_T1C.shape[2] // top_k) * weights_TK.unsqueeze(-1)
-    return blocks_TKR.to(projected_T1C.dtype).view(projected_T1C.shape)
+    if weights_BK is None:
+        return projected_BSC
+    num_examples, top_k = weights_BK.shape
+    rank = projected_BSC.shape[2] // top_k
+    weights_B1C = weights_BK.unsqueeze(-1).expand(num_examples, top_k, rank).reshape(num_examples, 1, top_k * rank)
+    return (projected_BSC * weights_B1C).to(projected_BSC.dtype)
 
 
 def forward(
@@ -47,22 +55,23 @@ def forward(
     base_TO: torch.Tensor,
     A: torch.Tensor,
     B: torch.Tensor,
-    weights_TK: torch.Tensor | None,
+    weights_BK: torch.Tensor | None,
     plan: DispatchPlan,
     scaling: float,
     inplace: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two batched products with the token as the batch."""
-    projected_T1C = torch.bmm(x_TD.unsqueeze(1), chosen(A, plan).transpose(1, 2))
-    add = base_TO.unsqueeze(1).baddbmm_ if inplace else base_TO.unsqueeze(1).baddbmm
-    out_T1O = add(weighted(projected_T1C, weights_TK), chosen(B, plan), alpha=scaling)
-    return base_TO if inplace else out_T1O.squeeze(1), projected_T1C
+    """Two batched products with the example as the batch."""
+    projected_BSC = torch.bmm(by_example(x_TD, plan), chosen(A, plan).transpose(1, 2))
+    base_BSO = by_example(base_TO, plan)
+    add = base_BSO.baddbmm_ if inplace else base_BSO.baddbmm
+    out_BSO = add(weighted(projected_BSC, weights_BK), chosen(B, plan), alpha=scaling)
+    return base_TO if inplace else out_BSO.view(base_TO.shape), projected_BSC
 
 
-def per_expert(rows_TCW: torch.Tensor, plan: DispatchPlan, like: torch.Tensor) -> torch.Tensor:
-    """`(T, K·R, W)` → `(E, R, W)`: sum the gradients of the copies."""
-    rows_NRW = rows_TCW.view(plan.num_tokens * plan.top_k, *like.shape[1:])
-    return torch.zeros_like(like).index_add_(0, plan.top_k_index.reshape(-1), rows_NRW)
+def per_expert(rows_BCW: torch.Tensor, plan: DispatchPlan, like: torch.Tensor) -> torch.Tensor:
+    """`(B, K·R, W)` → `(E, R, W)`: sum the gradients of the copies."""
+    rows_NRW = rows_BCW.view(plan.num_examples * plan.top_k, *like.shape[1:])
+    return torch.zeros_like(like).index_add_(0, plan.example_index.reshape(-1), rows_NRW)
 
 
 def backward(
@@ -70,34 +79,37 @@ def backward(
     x_TD: torch.Tensor,
     A: torch.Tensor,
     B: torch.Tensor,
-    weights_TK: torch.Tensor | None,
-    projected_T1C: torch.Tensor,
+    weights_BK: torch.Tensor | None,
+    projected_BSC: torch.Tensor,
     plan: DispatchPlan,
     scaling: float,
     needs: Needs,
 ) -> tuple[torch.Tensor | None, ...]:
-    """As `plain`, batched over tokens, with the gradients of the copies summed per expert."""
+    """As `plain`, batched over examples, with the gradients of the copies summed per expert."""
     grad_x = grad_A = grad_B = grad_weights = None
-    grad_T1O = grad_TO.unsqueeze(1)
+    grad_BSO = by_example(grad_TO, plan)
     if needs.B:
-        scaled_TC1 = (weighted(projected_T1C, weights_TK) * scaling).transpose(1, 2)
-        grad_B = per_expert(scaled_TC1 * grad_T1O, plan, B)
+        scaled_BCS = (weighted(projected_BSC, weights_BK) * scaling).transpose(1, 2)
+        grad_B = per_expert(torch.bmm(scaled_BCS, grad_BSO), plan, B)
     if needs.hidden_states or needs.A or needs.top_k_weights:
-        grad_projected_T1C = torch.bmm(grad_T1O, chosen(B, plan).transpose(1, 2)) * scaling
-        if needs.top_k_weights and weights_TK is not None:
-            product_T1C = projected_T1C.to(weights_TK.dtype) * grad_projected_T1C
-            grad_weights = product_T1C.view(*weights_TK.shape, B.shape[1]).sum(-1).to(weights_TK.dtype)
-        grad_projected_T1C = weighted(grad_projected_T1C, weights_TK)
+        grad_projected_BSC = torch.bmm(grad_BSO, chosen(B, plan).transpose(1, 2)) * scaling
+        if needs.top_k_weights and weights_BK is not None:
+            product_BSC = projected_BSC.to(weights_BK.dtype) * grad_projected_BSC
+            product_BSKR = product_BSC.view(*product_BSC.shape[:2], plan.top_k, B.shape[1])
+            grad_weights = product_BSKR.sum(dim=(1, 3)).to(weights_BK.dtype)
+        grad_projected_BSC = weighted(grad_projected_BSC, weights_BK)
         if needs.A:
-            grad_A = per_expert(grad_projected_T1C.transpose(1, 2) * x_TD.unsqueeze(1), plan, A)
+            grad_A = per_expert(torch.bmm(grad_projected_BSC.transpose(1, 2), by_example(x_TD, plan)), plan, A)
         if needs.hidden_states:
-            grad_x = torch.bmm(grad_projected_T1C, chosen(A, plan)).squeeze(1)
+            grad_x = torch.bmm(grad_projected_BSC, chosen(A, plan)).view(grad_TO.shape[0], A.shape[2])
     return grad_x, grad_A, grad_B, grad_weights
 
 
 BACKEND = Backend(
     name="gather",
-    summary="a copy of the chosen experts per token, for a handful of tokens",
-    run=differentiable(forward, backward),
+    summary="a copy of the chosen experts per example; for routing by example and for a handful of tokens",
+    run=differentiable(forward, backward, is_traceable=True),
     supports=supports,
+    traces_fullgraph=True,
+    takes_examples=True,
 )

@@ -11,7 +11,7 @@ import torch
 from ..backend import Backend
 from ..case import Case
 from ..function import differentiable
-from ..plan import DispatchPlan
+from ..plan import DispatchPlan, per_token
 from .gather import backward
 
 
@@ -36,15 +36,15 @@ def forward(
     base_TO: torch.Tensor,
     A: torch.Tensor,
     B: torch.Tensor,
-    weights_TK: torch.Tensor | None,
+    weights_BK: torch.Tensor | None,
     plan: DispatchPlan,
     scaling: float,
     inplace: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight and scaling are applied inside of the second product."""
     out_TO = base_TO if inplace else base_TO.clone()
-    weights = None if weights_TK is None else weights_TK.tolist()
-    num_tokens, top_k = plan.top_k_index.shape
+    weights = None if weights_BK is None else per_token(weights_BK, plan.tokens_per_example).tolist()
+    num_tokens, top_k = plan.num_tokens, plan.top_k
     projected_N1R = A.new_empty(num_tokens * top_k, 1, A.shape[1])
     columns = iter(projected_N1R.unbind(0))
     for token, experts in enumerate(plan.top_k_index.tolist()):
@@ -53,7 +53,7 @@ def forward(
         for slot, (expert, h) in enumerate(zip(experts, columns)):
             torch.mm(x, A[expert].t(), out=h)
             out.addmm_(h, B[expert], alpha=scaling if weights is None else scaling * weights[token][slot])
-    return out_TO, projected_N1R.view(num_tokens, 1, top_k * A.shape[1])
+    return out_TO, projected_N1R.view(plan.num_examples, plan.tokens_per_example, top_k * A.shape[1])
 
 
 BACKEND = Backend(
@@ -61,4 +61,5 @@ BACKEND = Backend(
     summary="two products per (token, expert) pair on views of the experts, for decoding on a CPU",
     run=differentiable(forward, backward),
     supports=supports,
+    takes_examples=True,
 )
