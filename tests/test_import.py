@@ -19,7 +19,7 @@ HEAVY = ["triton", "sklearn", "datasets", "matplotlib", "sentence_transformers",
 
 # lower floors know nothing of higher ones; parts on the same floor do not know each other
 LADDER = [
-    ["_version", "versions", "routing", "kernels"],
+    ["_version", "versions", "routing", "kernels", "model_output"],
     ["losses"],
     ["recording"],
     ["aux_gradient"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from .losses import RoutingStatistics, routing_statistics
-from .recording import ForwardPass, RoutingRecorder
+from .recording import ForwardPass
 
 
 AuxLossFunction = Callable[[list[RoutingStatistics]], torch.Tensor]
@@ -64,22 +63,14 @@ def _scale_of_negative_log_likelihood(gradient: torch.Tensor, label_mask: torch.
 
 
 class UpstreamGradient:
-    """Tensor hook on one output of the base model: tells the pass that its backward began, and how much it weighs.
+    """Tensor hook on one output of the base model: tells the pass how much it weighs."""
 
-    Refers to the recorder weakly: the graph must not keep alive what keeps the graph alive.
-    """
-
-    def __init__(self, name: str, recorder: RoutingRecorder, forward_pass: ForwardPass, weight: PassWeight) -> None:
+    def __init__(self, name: str, forward_pass: ForwardPass, weight: PassWeight) -> None:
         self.name = name
-        self.recorder = weakref.ref(recorder)
         self.forward_pass = forward_pass
         self.weight = weight
 
     def __call__(self, gradient: torch.Tensor) -> None:
-        recorder = self.recorder()
-        if recorder is not None:
-            recorder.in_backward = self.forward_pass
-            recorder.live = {}
         state = self.forward_pass.aux_loss
         if self.name == "loss" or state.scale is None:
             state.scale = self.weight.of(self.name, gradient)

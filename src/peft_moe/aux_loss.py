@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from .aux_gradient import (
     AttachAuxLoss,
@@ -36,6 +35,7 @@ from .aux_gradient import (
     UpstreamGradient,
 )
 from .losses import RoutingStatistics, load_balancing_loss, router_z_loss
+from .model_output import differentiable_outputs
 from .recording import ForwardPass, RoutingRecorder, get_recorder
 
 
@@ -79,8 +79,8 @@ class AuxLoss:
         )
         if torch.compiler.is_compiling() or forward_pass.aux_loss.is_compiled:
             return self._attach(recorder, forward_pass, output, weight)
-        for name, tensor in _differentiable_outputs(output):
-            tensor.register_hook(UpstreamGradient(name, recorder, forward_pass, weight))
+        for name, tensor in differentiable_outputs(output):
+            tensor.register_hook(UpstreamGradient(name, forward_pass, weight))
         return output
 
     def inject(
@@ -139,7 +139,7 @@ class AuxLoss:
     def _attach(self, recorder: RoutingRecorder, forward_pass: ForwardPass, output: Any, weight: PassWeight) -> Any:
         """What a compiled graph can hold instead of hooks: the auxiliary loss hangs on one of the outputs."""
         total = self.total(recorder.live_statistics())
-        outputs = dict(_differentiable_outputs(output))
+        outputs = dict(differentiable_outputs(output))
         name = next((name for name in ("log_probs", "loss", "logits", *outputs) if name in outputs), None)
         if total is None or name is None:
             return output
@@ -151,31 +151,6 @@ class AuxLoss:
         if isinstance(output, tuple):
             return tuple(attached if value is outputs[name] else value for value in output)
         return attached
-
-
-def _differentiable_outputs(output: Any) -> list[tuple[str, torch.Tensor]]:
-    """Name and tensor of everything in a model's output that a loss can be built from.
-
-    The output is a `ModelOutput` or dict, a tuple whose first entry, if a scalar, is the loss, or a tensor.
-    """
-    if isinstance(output, dict):
-        fields = list(output.items())
-    elif isinstance(output, torch.Tensor):
-        fields = [("", output)]
-    elif isinstance(output, tuple):
-        fields = [(str(position), value) for position, value in enumerate(output)]
-    else:
-        fields = list(vars(output).items()) if hasattr(output, "__dict__") else []
-    found = [
-        (name, leaf)
-        for name, value in fields
-        if name != "past_key_values"
-        for leaf in tree_leaves(value)
-        if isinstance(leaf, torch.Tensor) and leaf.requires_grad
-    ]
-    if found and found[0][0] in ("", "0") and found[0][1].dim() == 0:
-        found[0] = ("loss", found[0][1])
-    return found
 
 
 @functools.cache

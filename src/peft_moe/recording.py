@@ -8,7 +8,9 @@ and records nothing, so counts are exact; it only looks up the pass that it belo
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 from torch import nn
 
 from .losses import RoutingStatistics, routing_statistics
+from .model_output import differentiable_outputs
 from .routing import RouterOutput
 
 
@@ -28,6 +31,8 @@ _INPUT_NAMES = (
     "labels",
     "shift_labels",
     "num_items_in_batch",
+    "position_ids",
+    "past_key_values",
 )
 
 
@@ -71,14 +76,18 @@ class ForwardPass:
     def __init__(self, inputs: dict[str, Any], *, has_gradient: bool) -> None:
         self.inputs = inputs
         self.has_gradient = has_gradient
+        self.surrounding: ForwardPass | None = None
+        """what [`RoutingRecorder.surround`] said when it began"""
         self.is_open = True
-        self.is_training = False
-        """whether an auxiliary loss is wanted from it"""
+        self.is_awaited = False
+        """whether a router ran in training, so that backward will ask for what this pass holds"""
         self.records: dict[str, dict[str, RoutingStatistics]] = {}
         self.routes: dict[str, dict[str, Route]] = {}
         """kept only while somebody listens, and until they have been told"""
         self.aux_loss = AuxLossState()
         self.num_recomputed: dict[tuple[str, str], int] = {}
+        self.derived: dict[object, Any] = {}
+        """what a tuner works out from the inputs once and wants back in every layer, under a key of its own"""
 
     def token_mask(self, shape: torch.Size, *, is_decoder: bool, router_logits: torch.Tensor) -> torch.Tensor:
         """Which of the tokens behind `router_logits` `(T, E)` count: shape `(B, S)`, 0 for padding.
@@ -125,6 +134,8 @@ class RoutingRecorder:
     def __init__(self) -> None:
         self.output_hooks: list[OutputHook] = []
         """called with the recorder, each completed pass and the model's output; each may return another output"""
+        self.router_inputs: set[str] = set()
+        """arguments of the base model that are for its routers only, and that its forward never sees"""
         self._start_process()
 
     def _start_process(self) -> None:
@@ -133,6 +144,7 @@ class RoutingRecorder:
         self.current: ForwardPass | None = None
         self.latest: ForwardPass | None = None
         self.in_backward: ForwardPass | None = None
+        self.surrounding: ForwardPass | None = None
         self.num_nested = 0
         self.live: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = {}
         """logits with their graph, counted choices and token mask of each router of the latest pass; dropped when
@@ -140,7 +152,7 @@ class RoutingRecorder:
 
     def __getstate__(self) -> dict[str, Any]:
         """Passes and listeners belong to a running process: copies and pickles of a model start without any."""
-        return {"output_hooks": self.output_hooks}
+        return {"output_hooks": self.output_hooks, "router_inputs": self.router_inputs}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -151,9 +163,22 @@ class RoutingRecorder:
         if self.current is not None:
             self.num_nested += 1
             return
+        if self.surrounding is not None:
+            inputs = {**self.surrounding.inputs, **inputs}
         self.current = ForwardPass(inputs, has_gradient=torch.is_grad_enabled())
+        self.current.surrounding = self.surrounding
         self.in_backward = None
         self.live = {}
+
+    @contextmanager
+    def surround(self, inputs: dict[str, Any]) -> Iterator[None]:
+        """Within this context every pass has these inputs unless it brings its own, and so has what runs outside any
+        pass: an encoder or a language model that `generate` calls directly."""
+        before, self.surrounding = self.surrounding, ForwardPass(inputs, has_gradient=torch.is_grad_enabled())
+        try:
+            yield
+        finally:
+            self.surrounding = before
 
     def end(self, output: Any) -> Any:
         """Close the pass, tell the listeners, and return the model's output (`None` where its forward raised)."""
@@ -167,16 +192,23 @@ class RoutingRecorder:
         forward_raised = output is None
         if forward_raised:
             self.live = {}
-        if forward_raised or not finished.records:
+        if forward_raised or not (finished.records or finished.is_awaited or finished.derived):
             return output
-        if finished.is_training:
+        if finished.is_awaited:
             self.latest = finished
+            self._announce_backward(finished, output)
         for listener in self.listeners:
             listener(finished)
         finished.routes = {}
         for hook in self.output_hooks:
             output = hook(self, finished, output)
         return output
+
+    def _announce_backward(self, finished: ForwardPass, output: Any) -> None:
+        """Let a recomputation find the pass that it belongs to, if several passes wait for their backward."""
+        if not torch.compiler.is_compiling():
+            for _, tensor in differentiable_outputs(output):
+                tensor.register_hook(_BackwardBegins(self, finished))  # type: ignore[no-untyped-call]
 
     def needs_record(self, *, is_training: bool) -> bool:
         """Whether a router that runs now has to call [`record`]: generation and evaluation stay free of cost."""
@@ -193,6 +225,7 @@ class RoutingRecorder:
         shape: torch.Size,
         is_training: bool,
         is_decoder: bool = False,
+        is_per_example: bool = False,
     ) -> None:
         """Add what a router decided to the open pass.
 
@@ -202,6 +235,7 @@ class RoutingRecorder:
             shape (`torch.Size`): leading axes of the hidden states, `(B, S)` or `(T,)`.
             is_training (`bool`): whether an auxiliary loss is wanted.
             is_decoder (`bool`): whether the router sits in the decoder of an encoder-decoder model.
+            is_per_example (`bool`): whether it routes whole examples. Padding then plays no part.
 
         Raises:
             RuntimeError: no pass is open; ask [`needs_record`] first.
@@ -209,7 +243,10 @@ class RoutingRecorder:
         forward_pass = self.current
         if forward_pass is None:
             raise RuntimeError("RoutingRecorder.record was called outside a forward pass; ask needs_record first.")
-        mask = forward_pass.token_mask(shape, is_decoder=is_decoder, router_logits=output.router_logits)
+        if is_per_example:
+            mask = output.router_logits.new_ones(output.router_logits.shape[0], 1)
+        else:
+            mask = forward_pass.token_mask(shape, is_decoder=is_decoder, router_logits=output.router_logits)
         by_router = forward_pass.records.setdefault(adapter_name, {})
         name = _unique(router_name, by_router)
         # without a graph: non-reentrant checkpointing demands that a recomputation saves the very same tensors
@@ -218,7 +255,7 @@ class RoutingRecorder:
         if self.listeners:
             forward_pass.routes.setdefault(adapter_name, {})[name] = Route(output.top_k_index, mask)
         if is_training and forward_pass.has_gradient:
-            forward_pass.is_training = True
+            forward_pass.is_awaited = True
             if output.router_logits.requires_grad:
                 self.live.setdefault(adapter_name, {})[name] = (output.router_logits, output.counted_index, mask)
 
@@ -233,11 +270,12 @@ class RoutingRecorder:
 
     def find_pass(self) -> ForwardPass | None:
         """The pass that the running code belongs to: the open one, in a recomputation the one whose backward runs (or
-        the latest, if its backward did not come through the model's outputs), else none."""
+        the latest, if its backward did not come through the model's outputs), else what [`surround`] says, else none.
+        """
         if self.current is not None:
             return self.current
         is_in_backward = torch._C._current_graph_task_id() != -1  # as torch.utils.checkpoint asks
-        return (self.in_backward or self.latest) if is_in_backward else None
+        return (self.in_backward or self.latest) if is_in_backward else self.surrounding
 
 
 def _unique(name: str, taken: dict[str, Any]) -> str:
@@ -250,6 +288,21 @@ def _unique(name: str, taken: dict[str, Any]) -> str:
     return f"{name}#{repeat}"
 
 
+class _BackwardBegins:
+    """Tensor hook on an output of the base model. Refers to the recorder weakly: the graph must not keep alive what
+    keeps the graph alive."""
+
+    def __init__(self, recorder: RoutingRecorder, forward_pass: ForwardPass) -> None:
+        self.recorder = weakref.ref(recorder)
+        self.forward_pass = forward_pass
+
+    def __call__(self, gradient: torch.Tensor) -> None:
+        recorder = self.recorder()
+        if recorder is not None:
+            recorder.in_backward = self.forward_pass
+            recorder.live = {}
+
+
 class _BeginPass:
     """Forward pre-hook of the base model; an object, so that it survives deepcopy and pickle."""
 
@@ -257,7 +310,7 @@ class _BeginPass:
         self.recorder = recorder
         self.positions = positions
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         inputs = {}
         for name in _INPUT_NAMES:
             value = kwargs.get(name)
@@ -266,7 +319,11 @@ class _BeginPass:
                 value = args[position]
             if value is not None:
                 inputs[name] = value
-        self.recorder.begin(inputs)
+        for_routers = {name: kwargs[name] for name in self.recorder.router_inputs if name in kwargs}
+        self.recorder.begin({**inputs, **{name: v for name, v in for_routers.items() if v is not None}})
+        if not for_routers:
+            return None
+        return args, {name: value for name, value in kwargs.items() if name not in for_routers}
 
 
 class _EndPass:

@@ -10,8 +10,8 @@ from transformers import Trainer, TrainingArguments
 from tuner_cases import every_tuner, one_case_per_tuner
 
 
-def routers(model) -> dict[str, torch.Tensor]:
-    return {name: p for name, p in model.named_parameters() if "_router." in name}
+def routers(case, model) -> dict[str, torch.Tensor]:
+    return {name: p for name, p in model.named_parameters() if any(part in name for part in case.float32_parts)}
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
@@ -45,14 +45,14 @@ def test_routers_stay_float32_in_a_half_precision_model(case, dtype, keeps_float
     model = case.model().to(dtype)
     torch.manual_seed(7)
     model = get_peft_model(model, case.config(), autocast_adapter_dtype=keeps_float32).train()
-    assert all(p.dtype == torch.float32 for p in routers(model).values())
-    experts = {p.dtype for name, p in model.named_parameters() if p.requires_grad and name not in routers(model)}
+    assert all(p.dtype == torch.float32 for p in routers(case, model).values())
+    experts = {p.dtype for name, p in model.named_parameters() if p.requires_grad and name not in routers(case, model)}
     assert experts == {torch.float32 if keeps_float32 else dtype}
     output = model(**case.batch())
     assert output.logits.dtype == dtype
     output.loss.backward()
     assert all(torch.isfinite(grad).all() for grad in gradients(model).values())
-    assert all(name in gradients(model) for name in routers(model))
+    assert all(name in gradients(model) for name in routers(case, model))
 
 
 @every_tuner
@@ -64,7 +64,7 @@ def test_routers_stay_float32_when_the_model_is_cast_and_saved(case, tmp_path):
     loaded = PeftModel.from_pretrained(
         case.model().to(torch.bfloat16), tmp_path, autocast_adapter_dtype=False, low_cpu_mem_usage=True
     ).eval()
-    assert all(p.dtype == torch.float32 for p in routers(loaded).values())
+    assert all(p.dtype == torch.float32 for p in routers(case, loaded).values())
     assert torch.equal(case.logits(loaded), expected)
 
 
@@ -163,7 +163,9 @@ def test_generation_with_a_cache_equals_generation_without(case):
     model = case.wrap()
     prompt = case.batch(num_padding=0)["input_ids"]
     settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": -1}
-    cached, uncached = (model.generate(input_ids=prompt, use_cache=use, **settings) for use in (True, False))
+    cached, uncached = (
+        model.generate(input_ids=prompt, use_cache=use, **settings, **case.for_routers()) for use in (True, False)
+    )
     assert torch.equal(cached, uncached)
     assert cached.shape[1] == prompt.shape[1] + 8
 
@@ -177,7 +179,7 @@ def test_generation_with_a_cache_equals_generation_without(case):
 def test_generation_with_other_strategies(case, settings):
     model = case.wrap()
     prompt = case.batch(num_padding=0)["input_ids"]
-    found = model.generate(input_ids=prompt, max_new_tokens=5, eos_token_id=-1, **settings)
+    found = model.generate(input_ids=prompt, max_new_tokens=5, eos_token_id=-1, **settings, **case.for_routers())
     assert found.shape == (2 * settings.get("num_return_sequences", 1), prompt.shape[1] + 5)
 
 
@@ -185,7 +187,7 @@ def test_generation_with_other_strategies(case, settings):
 def test_left_padding_changes_no_generated_token(case):
     model = case.wrap()
     prompt = case.batch(num_padding=0)["input_ids"]
-    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": -1}
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": -1, **case.for_routers()}
     expected = model.generate(input_ids=prompt, **settings)[:, prompt.shape[1] :]
     padded = nn.functional.pad(prompt, (4, 0))
     mask = nn.functional.pad(torch.ones_like(prompt), (4, 0))

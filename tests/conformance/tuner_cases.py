@@ -11,7 +11,8 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
-from peft_moe import MoLEConfig
+from peft_moe import MoCLEConfig, MoLEConfig
+from peft_moe.tuners.mocle.config import RELEASED_CODE
 from tiny_models import tiny_llama, token_batch
 
 
@@ -27,6 +28,8 @@ class TunerCase:
         other_config (`Callable`): another one for the same model, with other shapes.
         model (`Callable`): makes the base model.
         batch (`Callable`): makes its input, with labels.
+        float32_parts (`tuple[str, ...]`): parameters that stay float32 in any model, by a part of their name.
+        router_inputs (`tuple[str, ...]`): what of the batch is for the routers only, and `generate` needs as well.
     """
 
     name: str
@@ -35,6 +38,12 @@ class TunerCase:
     other_config: Callable[..., PeftConfig]
     model: Callable[..., nn.Module] = tiny_llama
     batch: Callable[..., dict[str, Any]] = token_batch
+    float32_parts: tuple[str, ...] = ("_router.",)
+    router_inputs: tuple[str, ...] = ()
+
+    def for_routers(self) -> dict[str, Any]:
+        """What the routers need with the batch."""
+        return {name: value for name, value in self.batch().items() if name in self.router_inputs}
 
     def wrap(self, **overrides: Any) -> PeftModel:
         """The adapted model, always with the same weights, in evaluation mode."""
@@ -58,12 +67,45 @@ def mole(**settings: Any) -> Callable[..., MoLEConfig]:
     return lambda **overrides: MoLEConfig(**{**defaults, **settings, **overrides})
 
 
+def mocle(**settings: Any) -> Callable[..., MoCLEConfig]:
+    """A maker of configurations."""
+    defaults = {
+        "num_clusters": 6,
+        "cluster_embedding_dim": 5,
+        "gate_noise_std": 0.0,
+        "r": 2,
+        "lora_dropout": 0.0,
+        "init_lora_weights": False,
+        "task_type": "CAUSAL_LM",
+    }
+    return lambda **overrides: MoCLEConfig(**{**defaults, **settings, **overrides})
+
+
+def clustered_batch(batch_size: int = 2, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Tokens, and the cluster of each example."""
+    return {**token_batch(batch_size, *args, **kwargs), "cluster_ids": torch.arange(batch_size) % 6}
+
+
+CLUSTERED = {
+    "batch": clustered_batch,
+    "float32_parts": ("_gate.", "_embedding."),
+    "router_inputs": ("cluster_ids",),
+}
+OTHER_MOCLE = mocle(num_experts=5, r=3, top_k=2, gate_bias=True)
 OTHER_MOLE = mole(num_experts=5, r=3, top_k=3, router_bias=False)
 
 CASES = [
     TunerCase("mole-top-1", "mole", mole(num_experts=3), OTHER_MOLE),
     TunerCase("mole-top-2-weighted", "mole", mole(num_experts=4, top_k=2, gate_scale="prob"), OTHER_MOLE),
     TunerCase("mole-soft-per-module", "mole", mole(num_experts=2, soft=True, router_scope="module"), OTHER_MOLE),
+    TunerCase("mocle", "mocle", mocle(num_experts=3), OTHER_MOCLE, **CLUSTERED),
+    TunerCase(
+        "mocle-released-code",
+        "mocle",
+        mocle(**{**RELEASED_CODE, "gate_noise_std": 0.0}),
+        OTHER_MOCLE,
+        **CLUSTERED,
+    ),
 ]
 
 every_tuner = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -13,10 +13,11 @@ from pathlib import Path
 import peft
 import pytest
 import safetensors.torch
+import torch
 from peft import get_peft_model
 
 import peft_moe
-from peft_moe import MoLEConfig
+from peft_moe import InstructionClusterer, MoCLEConfig, MoLEConfig
 from tiny_models import tiny_llama
 
 
@@ -36,14 +37,25 @@ def compare(name: str, found) -> None:
     )
 
 
+CLUSTERER = InstructionClusterer(torch.eye(3, 5), encoder="some/encoder", template="Question: {}")
+
 MODELS = {
     "mole": lambda: get_peft_model(tiny_llama(num_hidden_layers=1), MoLEConfig(r=2, task_type="CAUSAL_LM")),
     "mole_module_scope": lambda: get_peft_model(
         tiny_llama(num_hidden_layers=1),
         MoLEConfig(r=2, router_scope="module", router_bias=False, lora_target_modules=None, task_type="CAUSAL_LM"),
     ),
+    "mocle": lambda: get_peft_model(
+        tiny_llama(num_hidden_layers=2), MoCLEConfig.from_clusterer(CLUSTERER, r=2, task_type="CAUSAL_LM")
+    ),
+    "mocle_released_code": lambda: get_peft_model(
+        tiny_llama(num_hidden_layers=1), MoCLEConfig.released_code(num_clusters=3, r=2, task_type="CAUSAL_LM")
+    ),
 }
-CONFIGS = {"mole": MoLEConfig}
+CONFIGS = {
+    "mole": lambda: MoLEConfig(target_modules=["up_proj"], lora_target_modules=["q_proj"]),
+    "mocle": lambda: MoCLEConfig.from_clusterer(CLUSTERER, target_modules=["up_proj"]),
+}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -55,7 +67,7 @@ def test_tensors_of_a_saved_adapter(name, tmp_path):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_fields_of_a_saved_config(name, tmp_path):
-    CONFIGS[name](target_modules=["up_proj"], lora_target_modules=["q_proj"]).save_pretrained(tmp_path)
+    CONFIGS[name]().save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     # what PEFT itself adds is PEFT's business, and differs from version to version
     of_peft = {field.name for field in dataclasses.fields(peft.PeftConfig)} - {"peft_type"}

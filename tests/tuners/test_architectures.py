@@ -10,7 +10,7 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from torch import nn
 
 from peft_moe import MoLEConfig
-from peft_moe.tuners.mole import Linear
+from peft_moe.tuners.mole import MoLELayer
 from tiny_architectures import ARCHITECTURES, PLAIN, plain
 
 
@@ -32,7 +32,7 @@ def outputs_of(model, batch) -> torch.Tensor:
 
 
 def routed_layers(model) -> dict[str, Linear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, Linear) and module.scopes}
+    return {name: module for name, module in model.named_modules() if isinstance(module, MoLELayer) and module.scopes}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda row: row.name)
@@ -47,7 +47,7 @@ def test_every_mlp_gets_experts_that_learn(architecture):
     ends = architecture.mlp.split()
     assert len(layers) == len(ends) * architecture.num_mlps
     assert all(name.endswith(tuple(f".{end}" for end in ends)) for name in layers)
-    adapted = [name for name, module in model.named_modules() if isinstance(module, Linear)]
+    adapted = [name for name, module in model.named_modules() if isinstance(module, MoLELayer)]
     assert len(adapted) > len(layers), "attention got no LoRA"
     assert all(architecture.inside in name for name in adapted)
     routers = [module for module in layers.values() if "default" in module.mole_router]
@@ -95,7 +95,7 @@ def test_layers_of_torch_that_skip_their_linears_are_refused(target_modules):
     model = nn.TransformerEncoder(layer, 2)
     with pytest.raises(ValueError, match="without calling them.*exclude_modules"):
         get_peft_model(model, MoLEConfig(r=2, target_modules=target_modules))
-    assert not any(isinstance(module, Linear) for module in model.modules())
+    assert not any(isinstance(module, MoLELayer) for module in model.modules())
 
 
 class CustomMLP(nn.Module):

@@ -12,7 +12,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 
 from peft_moe import MoLEConfig
-from peft_moe.tuners.mole import Linear
+from peft_moe.tuners.mole import MoLELayer
 from tiny_models import tiny_llama, token_batch
 
 
@@ -102,7 +102,7 @@ def test_a_dtype_object_for_the_router_is_saved_as_its_name(tmp_path):
 
 
 def untouched(model) -> bool:
-    return not any(isinstance(module, Linear) for module in model.modules())
+    return not any(isinstance(module, MoLELayer) for module in model.modules())
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from peft_moe import MoLEConfig
-from peft_moe.tuners.mole import Linear
-from peft_moe.tuners.mole import layer as mole_layer
+from peft_moe.tuners.mole import MoLELayer
+from peft_moe.tuners import experts_layer
 from tiny_models import tiny_llama, token_batch
 
 
@@ -54,7 +54,7 @@ def expert_weights(p: torch.Tensor, settings: dict) -> dict[int, torch.Tensor]:
     return q
 
 
-def adapted(linear: Linear, u: torch.Tensor, weights: dict[int, torch.Tensor]) -> torch.Tensor:
+def adapted(linear: MoLELayer, u: torch.Tensor, weights: dict[int, torch.Tensor]) -> torch.Tensor:
     """W u + Σ_e w_e · s · B_e A_e u, for one token."""
     A, B = linear.mole_A["default"].weight, linear.mole_B["default"].weight
     result = linear.base_layer.weight @ u
@@ -117,7 +117,7 @@ def test_one_expert_is_plain_lora():
         ),
     )
     for name, module in model.named_modules():
-        if isinstance(module, Linear):
+        if isinstance(module, MoLELayer):
             theirs = lora.get_submodule(name)
             module.mole_A["default"].weight.data = theirs.lora_A["default"].weight.data.clone().unsqueeze(0)
             module.mole_B["default"].weight.data = theirs.lora_B["default"].weight.data.T.clone().unsqueeze(0)
@@ -135,20 +135,20 @@ def test_attention_gets_one_ordinary_lora():
 
 def test_attention_is_left_alone_on_request():
     model = build(lora_target_modules=None)
-    assert not isinstance(model.get_base_model().model.layers[0].self_attn.q_proj, Linear)
+    assert not isinstance(model.get_base_model().model.layers[0].self_attn.q_proj, MoLELayer)
 
 
 @pytest.fixture
 def plans(monkeypatch):
     """Every dispatch plan that a linear was computed with, in order."""
     seen = []
-    original = mole_layer.lora_experts
+    original = experts_layer.lora_experts
 
     def spy(*args, plan, **kwargs):
         seen.append(plan)
         return original(*args, plan=plan, **kwargs)
 
-    monkeypatch.setattr(mole_layer, "lora_experts", spy)
+    monkeypatch.setattr(experts_layer, "lora_experts", spy)
     return seen
 
 
@@ -163,7 +163,7 @@ def test_module_scope_gives_each_linear_its_own_router(plans):
     model = build(lora_target_modules=None, router_scope="module")
     model(**token_batch())
     assert len({id(plan) for plan in plans}) == 6
-    layers = [module for module in model.modules() if isinstance(module, Linear)]
+    layers = [module for module in model.modules() if isinstance(module, MoLELayer)]
     assert all("default" in layer.mole_router for layer in layers)
 
 
@@ -220,7 +220,7 @@ def test_soft_mixture_of_equal_experts_is_one_expert():
     model = build(soft=True, lora_target_modules=None)
     one = build(num_experts=1, lora_target_modules=None)
     for name, module in one.named_modules():
-        if isinstance(module, Linear):
+        if isinstance(module, MoLELayer):
             for container in ("mole_A", "mole_B"):
                 weight = getattr(module, container)["default"].weight
                 stacked = weight.detach().expand(4, -1, -1)

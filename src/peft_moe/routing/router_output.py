@@ -9,7 +9,7 @@ import torch
 
 @dataclass(frozen=True)
 class RouterOutput:
-    """The decision of one router for a batch of tokens.
+    """The decision of one router for T tokens; for T examples, where examples are routed as a whole.
 
     Args:
         router_logits (`torch.Tensor` of shape `(T, E)`, float32):
@@ -21,7 +21,7 @@ class RouterOutput:
             carries no gradient.
         balance_index (`torch.Tensor` of shape `(T, K')`, int64, *optional*):
             The choices that load balancing counts, where that is not `top_k_index`: a dense mixture visits every expert,
-            and counts the best one.
+            and counts the best one; a universal expert does not count.
     """
 
     router_logits: torch.Tensor

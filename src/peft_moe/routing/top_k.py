@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .float32 import Float32Module
 from .router_output import RouterOutput
 
 
@@ -45,11 +45,10 @@ def top_k_weights(log_probabilities: torch.Tensor, *, gate_scale: str, normalize
     return torch.exp(log_probabilities)
 
 
-class TopKRouter(nn.Module):
+class TopKRouter(Float32Module):
     """A linear router with softmax over all experts (LLaVA-MoLE, section 3.2: `p = softmax(R x)`).
 
-    Parameters and arithmetic are float32 whatever the dtype of the model: a rounded logit can change the choice of an
-    expert, and a bfloat16 softmax ties often.
+    Parameters and arithmetic are float32 whatever the dtype of the model.
 
     Args:
         in_features (`int`):
@@ -104,16 +103,6 @@ class TopKRouter(nn.Module):
         nn.init.uniform_(self.weight, -bound, bound)
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> TopKRouter:
-        """Follow the model to another device, but stay float32 where it is cast to half precision."""
-
-        def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
-        return self
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Score every expert for every token: `(T, D)` of any float dtype → `(T, E)` float32."""

@@ -1,9 +1,19 @@
 """The PEFT tuners of this package, registered with PEFT on import."""
 
+from .mocle import InstructionClusterer, MoCLEConfig, MoCLEModel, attach_encoder, choose_num_clusters
 from .mole import MoLEConfig, MoLEModel
 from .registration import register_tuner
 
 
 register_tuner("mole", config_cls=MoLEConfig, model_cls=MoLEModel)
+register_tuner("mocle", config_cls=MoCLEConfig, model_cls=MoCLEModel)
 
-__all__ = ["MoLEConfig", "MoLEModel"]
+__all__ = [
+    "InstructionClusterer",
+    "MoCLEConfig",
+    "MoCLEModel",
+    "MoLEConfig",
+    "MoLEModel",
+    "attach_encoder",
+    "choose_num_clusters",
+]

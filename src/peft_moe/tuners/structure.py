@@ -120,12 +120,12 @@ def base_of(module: nn.Module) -> nn.Module:
     return module
 
 
-def check_target(model: nn.Module, name: str, module: nn.Module) -> None:
+def check_target(model: nn.Module, name: str, module: nn.Module, *, method: str) -> None:
     """Raise `ValueError` unless experts can be added to the module `name` and would have an effect."""
     kind = type(module).__name__
     if not is_linear(module):
         raise ValueError(
-            f"MoLE needs nn.Linear, but '{name}' is {kind}. Remove it with "
+            f"{method} needs nn.Linear, but '{name}' is {kind}. Remove it with "
             f"exclude_modules=['{name.rpartition('.')[2]}'], or pick other target_modules."
         )
     parent = model.get_submodule(name.rpartition(".")[0])

@@ -1,8 +1,8 @@
 """MoLE: a router and a few LoRA experts in every MLP, after LLaVA-MoLE."""
 
 from .config import MoLEConfig
-from .layer import Linear, MoLELayer
+from .layer import MoLELayer
 from .model import MoLEModel
 
 
-__all__ = ["Linear", "MoLEConfig", "MoLELayer", "MoLEModel"]
+__all__ = ["MoLEConfig", "MoLELayer", "MoLEModel"]

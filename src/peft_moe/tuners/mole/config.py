@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from ...kernels import validate_name
 from ...losses import AUX_LOSS_TYPES
 from ...routing.top_k import GATE_SCALES
-from ..base import MoeTunerConfig, check_checkpoint_format, raise_config_problems
-from ..registration import peft_type
+from ..experts_config import (
+    LoraExpertsConfig,
+    choice_problems,
+    count_problems,
+    float32_problems,
+    is_number,
+    is_positive_int,
+)
 
 
 ATTENTION = "attention"
 
 
 @dataclass
-class MoLEConfig(MoeTunerConfig):
+class MoLEConfig(LoraExpertsConfig):
     """Configuration of a [`MoLEModel`]: every MLP gets a router and a few LoRA experts, each token uses its best ones.
 
     After LLaVA-MoLE (https://huggingface.co/papers/2401.16160). `docs/methods/mole.md` maps the symbols of the paper to
@@ -104,13 +108,6 @@ class MoLEConfig(MoeTunerConfig):
 
     num_experts: int = field(default=3, metadata={"help": "LoRA experts per MLP."})
     top_k: int = field(default=2, metadata={"help": "Experts per token."})
-    r: int = field(default=8, metadata={"help": "Rank of each expert."})
-    lora_alpha: int = field(default=16, metadata={"help": "Experts are scaled by lora_alpha / r."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the input of the experts."})
-    use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(r)."})
-    target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Linears that get experts. Default: those of every MLP."}
-    )
     lora_target_modules: list[str] | str | None = field(
         default=ATTENTION, metadata={"help": "Linears that get one ordinary LoRA. Default: those of the attention."}
     )
@@ -136,131 +133,56 @@ class MoLEConfig(MoeTunerConfig):
     num_experts_pattern: dict[str, int] = field(
         default_factory=dict, metadata={"help": "Other numbers of experts for MLPs whose name matches."}
     )
-    rank_pattern: dict[str, int] = field(
-        default_factory=dict, metadata={"help": "Other ranks for linears whose name matches."}
+
+    method: ClassVar[str] = "MoLE"
+    name_fields: ClassVar[tuple[str, ...]] = (*LoraExpertsConfig.name_fields, "lora_target_modules")
+    pattern_fields: ClassVar[tuple[str, ...]] = ("num_experts_pattern", *LoraExpertsConfig.pattern_fields)
+    flag_fields: ClassVar[tuple[str, ...]] = (
+        *LoraExpertsConfig.flag_fields,
+        "soft",
+        "normalize_top_k",
+        "router_bias",
     )
-    alpha_pattern: dict[str, int] = field(
-        default_factory=dict, metadata={"help": "Other alphas for linears whose name matches."}
-    )
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Linears to leave alone."})
-    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Only these layers."})
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the module list that layers_to_transform counts."}
-    )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Further modules to train in full and to save."}
-    )
-    init_lora_weights: bool | Literal["gaussian"] = field(
-        default=True, metadata={"help": "How experts are initialised."}
-    )
-    kernel_backend: str = field(default="auto", metadata={"help": "What computes the experts."})
-    checkpoint_format: int = field(default=1, metadata={"help": "Format of the saved adapter; leave as it is."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = peft_type("MOLE")
-        check_checkpoint_format(self.checkpoint_format, method="MoLE")
-        for name in ("num_experts_pattern", "rank_pattern", "alpha_pattern"):
-            if getattr(self, name) is None:
-                setattr(self, name, {})
-        for name in ("target_modules", "exclude_modules", "lora_target_modules"):
-            value = getattr(self, name)
-            if isinstance(value, list):
-                setattr(self, name, set(value))
-        raise_config_problems("MoLEConfig", self._problems())
         self.router_dtype = "float32"
 
     def _problems(self) -> list[str]:
-        """Everything that is wrong, in words that say what to do."""
-        problems = [
-            f"{name} must be a whole number of at least 1, but is {value!r}."
-            for name, value in {"num_experts": self.num_experts, "top_k": self.top_k, "r": self.r}.items()
-            if not _is_positive_int(value)
-        ]
+        problems = count_problems(self, "num_experts", "top_k", "r")
         if not problems and not self.soft and self.top_k > self.num_experts > 1:
             problems.append(
                 f"top_k must be at most num_experts, but top_k is {self.top_k} and num_experts is "
                 f"{self.num_experts}. Lower top_k, or add experts."
             )
-        problems += self._type_problems()
-        for name in ("num_experts_pattern", "rank_pattern", "alpha_pattern"):
-            pattern = getattr(self, name)
-            for key, value in (pattern if isinstance(pattern, dict) else {}).items():
-                problems += _pattern_problems(name, key, value)
-                if not _is_positive_int(self.top_k):
-                    continue
-                if (
-                    name == "num_experts_pattern"
-                    and _is_positive_int(value)
-                    and 1 < value < self.top_k
-                    and not self.soft
-                ):
-                    problems.append(f"num_experts_pattern[{key!r}] is {value}, which is less than top_k={self.top_k}.")
+        pattern = self.num_experts_pattern if isinstance(self.num_experts_pattern, dict) else {}
         problems += [
-            f"{name} must be in [0, 1), but is {getattr(self, name)!r}."
-            for name in ("lora_dropout", "router_jitter_noise")
-            if not _is_number(getattr(self, name)) or not 0 <= getattr(self, name) < 1
+            f"num_experts_pattern[{key!r}] is {value}, which is less than top_k={self.top_k}."
+            for key, value in pattern.items()
+            if is_positive_int(self.top_k) and is_positive_int(value) and 1 < value < self.top_k and not self.soft
         ]
+        if not is_number(self.router_jitter_noise) or not 0 <= self.router_jitter_noise < 1:
+            problems.append(f"router_jitter_noise must be in [0, 1), but is {self.router_jitter_noise!r}.")
         problems += [
             f"{name} must be a number and not negative, but is {getattr(self, name)!r}."
             for name in ("router_aux_loss_coef", "router_z_loss_coef", "router_init_std")
             if not (name == "router_init_std" and self.router_init_std is None)
-            and not (_is_number(getattr(self, name)) and 0 <= getattr(self, name) < math.inf)
+            and not (is_number(getattr(self, name)) and 0 <= getattr(self, name) < math.inf)
         ]
-        if not _is_number(self.lora_alpha) or not 0 < self.lora_alpha < math.inf:
-            problems.append(f"lora_alpha must be a positive number, but is {self.lora_alpha!r}.")
-        choices = {
-            "gate_scale": GATE_SCALES,
-            "router_scope": ("mlp", "module"),
-            "router_aux_loss_type": AUX_LOSS_TYPES,
-            "init_lora_weights": (True, False, "gaussian"),
-        }
-        problems += [
-            f"{name} must be one of {', '.join(map(repr, allowed))}, but is {getattr(self, name)!r}."
-            for name, allowed in choices.items()
-            if getattr(self, name) not in allowed
-        ]
-        if str(self.router_dtype).removeprefix("torch.") != "float32":
-            problems.append(
-                f"router_dtype must be 'float32', but is {self.router_dtype!r}: a router in lower precision ties and "
-                "flips experts. Leave the field out; the experts themselves follow the dtype of the model."
-            )
-        if self.num_experts_pattern and self.router_aux_loss_type != "switch" and self.router_aux_loss_coef:
+        problems += choice_problems(
+            self,
+            {
+                "gate_scale": GATE_SCALES,
+                "router_scope": ("mlp", "module"),
+                "router_aux_loss_type": AUX_LOSS_TYPES,
+            },
+        )
+        problems += float32_problems(self, "router_dtype")
+        if pattern and self.router_aux_loss_type != "switch" and self.router_aux_loss_coef:
             problems.append(
                 f"router_aux_loss_type={self.router_aux_loss_type!r} pools all routers and needs the same number of "
                 "experts everywhere. Use 'switch' together with num_experts_pattern."
             )
-        try:
-            validate_name(str(self.kernel_backend))
-        except ValueError as error:
-            problems.append(f"kernel_backend: {error}")
-        if self.layers_pattern and self.layers_to_transform is None:
-            problems.append("layers_pattern has no effect without layers_to_transform. Set both or neither.")
-        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
-            problems.append(
-                "layers_to_transform cannot be combined with a regular expression in target_modules. Put the layer "
-                "numbers into the expression, or give target_modules as a list."
-            )
-        return problems
-
-    def _type_problems(self) -> list[str]:
-        """Fields of a type that nothing can be made of."""
-        problems = [
-            f"{name} must be True or False, but is {getattr(self, name)!r}."
-            for name in ("use_rslora", "soft", "normalize_top_k", "router_bias")
-            if not isinstance(getattr(self, name), bool)
-        ]
-        problems += [
-            f"{name} must be a dictionary from names to numbers, but is {getattr(self, name)!r}."
-            for name in ("num_experts_pattern", "rank_pattern", "alpha_pattern")
-            if getattr(self, name) is not None and not isinstance(getattr(self, name), dict)
-        ]
-        for name in ("target_modules", "lora_target_modules", "exclude_modules", "modules_to_save"):
-            value = getattr(self, name)
-            if value is None or (isinstance(value, str) and name != "modules_to_save"):
-                continue
-            if not isinstance(value, list | set | tuple) or not all(isinstance(entry, str) for entry in value):
-                problems.append(f"{name} must be a list of names, but is {value!r}.")
         return problems
 
     @classmethod
@@ -285,25 +207,3 @@ class MoLEConfig(MoeTunerConfig):
     def released_code(cls, **overrides: Any) -> MoLEConfig:
         """What the released inference configuration runs: as [`paper`], but a dense mixture of all experts."""
         return cls.paper(**{"soft": True, **overrides})
-
-
-def _is_positive_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _pattern_problems(name: str, key: Any, value: Any) -> list[str]:
-    problems = []
-    if name == "alpha_pattern":
-        if not _is_number(value) or not value > 0:
-            problems.append(f"{name}[{key!r}] must be a positive number, but is {value!r}.")
-    elif not _is_positive_int(value):
-        problems.append(f"{name}[{key!r}] must be at least 1, but is {value!r}.")
-    try:
-        re.compile(key)
-    except (re.error, TypeError) as error:
-        problems.append(f"{name} has the key {key!r}, which is no regular expression: {error}.")
-    return problems

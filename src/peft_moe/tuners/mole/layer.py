@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...aux_loss import AuxLoss
-from ...kernels import DispatchPlan, lora_experts
+from ...kernels import DispatchPlan
 from ...recording import RoutingRecorder
 from ...routing import RouterOutput, TopKRouter
 from ..base import refuse_reentrant_checkpointing_under_ddp
-from ..experts import StackedWeight
+from ..experts_layer import LoraExpertsLayer, Routed
 from .config import MoLEConfig
-from .scope import RoutedTokens, RouterScope
+from .scope import RouterScope
 
 
-class MoLELayer(BaseTunerLayer):
-    """Adapter state of a linear: stacked LoRA experts, for the first linear of an MLP also the router.
+class MoLELayer(LoraExpertsLayer):
+    """A linear with stacked LoRA experts; the first linear of an MLP also holds its router.
 
     Keys of a saved adapter: `mole_A.weight` `(E, R, D)`, `mole_B.weight` `(E, R, O)`, `mole_router.weight` `(E, D)`
     and `mole_router.bias` `(E,)`.
     """
 
+    prefix = "mole_"
     adapter_layer_names: tuple[str, ...] = ("mole_A", "mole_B", "mole_router")
     other_param_names: tuple[str, ...] = (
         "r",
@@ -39,28 +37,10 @@ class MoLELayer(BaseTunerLayer):
     )
 
     def __init__(self, base_layer: nn.Module, name: str, recorder: RoutingRecorder, aux_loss: AuxLoss) -> None:
-        self.base_layer = base_layer
-        self.name = name
-        self.recorder = recorder
+        super().__init__(base_layer, name, recorder)
         self.aux_loss = aux_loss
-        self.is_decoder = False
-        self.r: dict[str, int] = {}
-        self.lora_alpha: dict[str, float] = {}
-        self.scaling: dict[str, float] = {}
-        self.num_experts: dict[str, int] = {}
         self.scopes: dict[str, RouterScope] = {}
-        self.backend: dict[str, str] = {}
-        self.mole_A = nn.ModuleDict()
-        self.mole_B = nn.ModuleDict()
         self.mole_router = nn.ModuleDict()
-        self.mole_dropout = nn.ModuleDict()
-        self._disable_adapters = False
-        self.merged_adapters: list[str] = []
-        base = self.get_base_layer()
-        if isinstance(base, Conv1D):
-            self.in_features, self.out_features = base.nx, base.nf
-        else:
-            self.in_features, self.out_features = base.in_features, base.out_features
 
     def update_layer(
         self,
@@ -79,38 +59,16 @@ class MoLELayer(BaseTunerLayer):
             scope (`RouterScope`, *optional*): whose router this linear follows; `None` is ordinary LoRA.
         """
         num_experts = 1 if scope is None else scope.num_experts
-        self.r[adapter_name] = r
-        self.lora_alpha[adapter_name] = lora_alpha
-        self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
-        self.num_experts[adapter_name] = num_experts
-        self.backend[adapter_name] = config.kernel_backend
         self.scopes.pop(adapter_name, None)
         if adapter_name in self.mole_router:
             del self.mole_router[adapter_name]
-        self.mole_A[adapter_name] = StackedWeight(num_experts, r, self.in_features)
-        self.mole_B[adapter_name] = StackedWeight(num_experts, r, self.out_features)
-        self.mole_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        self.add_experts(adapter_name, config, num_experts=num_experts, r=r, lora_alpha=lora_alpha)
         if scope is not None:
             self.scopes[adapter_name] = scope
             if scope.members[0] == self.name:
                 self.mole_router[adapter_name] = _new_router(self.in_features, num_experts, config)
-        self.reset_parameters(adapter_name, config.init_lora_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    def reset_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
-        """A as LoRA does (`"gaussian"`: normal of width 1/r), B zero; with `False`, B is as random as A."""
-        A, B = self.mole_A[adapter_name], self.mole_B[adapter_name]
-        if A.weight.is_meta:
-            return
-        if init_lora_weights == "gaussian":
-            nn.init.normal_(A.weight, std=1 / self.r[adapter_name])
-        else:
-            A.reset_kaiming_uniform()
-        if init_lora_weights is False:
-            B.reset_kaiming_uniform()
-        else:
-            nn.init.zeros_(B.weight)
 
     def is_exactly_mergeable(self, adapter_name: str) -> bool:
         """Whether the adapter is one LoRA for every token here."""
@@ -120,63 +78,12 @@ class MoLELayer(BaseTunerLayer):
         """Whether a single low-rank matrix says the same: with one expert it does."""
         return self.is_exactly_mergeable(adapter_name)
 
-
-def _new_router(in_features: int, num_experts: int, config: MoLEConfig) -> TopKRouter:
-    router = TopKRouter(
-        in_features,
-        num_experts,
-        top_k=config.top_k,
-        bias=config.router_bias,
-        gate_scale=config.gate_scale,
-        soft=config.soft,
-        normalize_top_k=config.normalize_top_k,
-        jitter_noise=config.router_jitter_noise,
-    )
-    if config.router_init_std is not None and not router.weight.is_meta:
-        nn.init.normal_(router.weight, std=config.router_init_std)
-        if router.bias is not None:
-            nn.init.zeros_(router.bias)
-    return router
-
-
-class Linear(nn.Module, MoLELayer):
-    """A frozen linear whose output gets the LoRA experts of each token added.
-
-    The base layer is only called, never read, so `nn.Linear`, `Conv1D` and quantised linears take the same path.
-    """
-
-    def __init__(self, base_layer: nn.Module, name: str, recorder: RoutingRecorder, aux_loss: AuxLoss) -> None:
-        super().__init__()
-        MoLELayer.__init__(self, base_layer, name, recorder, aux_loss)
-
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """`(..., D)` → `(..., O)`."""
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        names = [] if self.disable_adapters or self.merged else [n for n in self.active_adapters if n in self.mole_A]
-        if not names:
-            return self.base_layer(x, *args, **kwargs)
-        owns_result = self._owns_result(args, kwargs)
-        # a linear returns a view for more than two axes, and only what is no view is cheap to overwrite
-        result = self.base_layer(x.reshape(-1, self.in_features) if owns_result else x, *args, **kwargs)
-        for adapter_name in names:
-            result = self._add_experts(adapter_name, x, result, inplace=owns_result)
-        return result.view(*x.shape[:-1], self.out_features) if owns_result else result
-
-    def _owns_result(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether nobody else can see the output of the base layer, so that it may be overwritten."""
-        base = self.base_layer
-        is_plain = type(base) in (nn.Linear, Conv1D) and not args and not kwargs
-        is_watched = bool(base._forward_hooks or base._forward_pre_hooks)
-        return is_plain and not is_watched and not torch.compiler.is_compiling()
-
-    def _add_experts(self, adapter_name: str, x: torch.Tensor, result: torch.Tensor, *, inplace: bool) -> torch.Tensor:
-        A, B = self.mole_A[adapter_name](), self.mole_B[adapter_name]()
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else A.dtype
-        hidden_states = self._cast_input_dtype(x, dtype).reshape(*result.shape[:-1], self.in_features)
-        routed = None
+    def route(
+        self, adapter_name: str, x: torch.Tensor, hidden_states: torch.Tensor
+    ) -> tuple[torch.Tensor, Routed | None]:
+        """Ask the router, or take over what it decided for an earlier linear of the same MLP."""
         if adapter_name in self.mole_router:
-            routed, output = self._route(adapter_name, x)
+            routed, output = self._route_tokens(adapter_name, x)
             if self.training:
                 hidden_states = self.aux_loss.inject(
                     hidden_states,
@@ -188,32 +95,14 @@ class Linear(nn.Module, MoLELayer):
                     shape=x.shape[:-1],
                     is_decoder=self.is_decoder,
                 )
-        elif adapter_name in self.scopes:
-            routed = self.scopes[adapter_name].take(self.name, x.shape[:-1].numel())
-        if self.training:
-            hidden_states = self.mole_dropout[adapter_name](hidden_states)
-        if A.dtype != dtype:
-            A, B = A.to(dtype), B.to(dtype)
-        return lora_experts(
-            hidden_states,
-            result,
-            A,
-            B,
-            plan=None if routed is None else routed.plan,
-            top_k_weights=None if routed is None else routed.top_k_weights,
-            scaling=self.scaling[adapter_name],
-            backend=self.backend[adapter_name],
-            inplace=inplace and not result._is_view(),
-        )
+            return hidden_states, routed
+        if adapter_name in self.scopes:
+            return hidden_states, self.scopes[adapter_name].take(self.name, x.shape[:-1].numel())
+        return hidden_states, None
 
-    def _route(self, adapter_name: str, x: torch.Tensor) -> tuple[RoutedTokens, RouterOutput]:
+    def _route_tokens(self, adapter_name: str, x: torch.Tensor) -> tuple[Routed, RouterOutput]:
         scope = self.scopes[adapter_name]
-        if "_is_replica" in self.__dict__:
-            raise RuntimeError(
-                "MoLE does not support nn.DataParallel, which Trainer uses when one process sees several GPUs: its "
-                "replicas would share the routing of one model. Launch with `accelerate launch` or `torchrun`, or make a "
-                "single GPU visible with CUDA_VISIBLE_DEVICES."
-            )
+        self.refuse_replica()
         if self.training and not torch.compiler.is_compiling():
             refuse_reentrant_checkpointing_under_ddp(self.recorder)
         output = self.mole_router[adapter_name](x.reshape(-1, self.in_features))
@@ -228,7 +117,7 @@ class Linear(nn.Module, MoLELayer):
                 is_training=is_training,
                 is_decoder=self.is_decoder,
             )
-        routed = RoutedTokens(DispatchPlan.from_index(output.top_k_index, output.num_experts), output.top_k_weights)
+        routed = Routed(DispatchPlan.from_index(output.top_k_index, output.num_experts), output.top_k_weights)
         scope.leave(routed)
         return routed, output
 
@@ -277,8 +166,23 @@ class Linear(nn.Module, MoLELayer):
             )
         return weight
 
-    def __repr__(self) -> str:
-        return "mole." + super().__repr__()
+
+def _new_router(in_features: int, num_experts: int, config: MoLEConfig) -> TopKRouter:
+    router = TopKRouter(
+        in_features,
+        num_experts,
+        top_k=config.top_k,
+        bias=config.router_bias,
+        gate_scale=config.gate_scale,
+        soft=config.soft,
+        normalize_top_k=config.normalize_top_k,
+        jitter_noise=config.router_jitter_noise,
+    )
+    if config.router_init_std is not None and not router.weight.is_meta:
+        nn.init.normal_(router.weight, std=config.router_init_std)
+        if router.bias is not None:
+            nn.init.zeros_(router.bias)
+    return router
 
 
 MERGE_IS_IMPOSSIBLE = (

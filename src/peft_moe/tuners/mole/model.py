@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
-from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ...aux_loss import AuxLossFunction, weighted_aux_loss
-from ..base import MoeTuner
+from ..experts_model import LoraExpertsModel, adaptable_modules, by_pattern, is_target
 from ..structure import (
     ATTENTION_BLOCKS,
     MLP_BLOCKS,
@@ -20,15 +17,14 @@ from ..structure import (
     check_target,
     find_blocks,
     is_linear,
-    shorten,
     text_linear_names,
 )
 from .config import ATTENTION, MoLEConfig
-from .layer import Linear, MoLELayer
+from .layer import MoLELayer
 from .scope import RouterScope
 
 
-class MoLEModel(MoeTuner):
+class MoLEModel(LoraExpertsModel):
     """Creates a mixture of LoRA experts from a pretrained model (LLaVA-MoLE, https://huggingface.co/papers/2401.16160).
 
     Args:
@@ -44,7 +40,6 @@ class MoLEModel(MoeTuner):
 
     prefix = "mole_"
     tuner_layer_cls = MoLELayer
-    target_module_mapping: dict[str, list[str]] = {}
     tags = ("peft_moe", "mole")
 
     def aux_loss_function(self, config: MoLEConfig) -> AuxLossFunction | None:
@@ -79,12 +74,8 @@ class MoLEModel(MoeTuner):
         if peft_config.target_modules == "all-linear":
             return None
         blocks = find_blocks(linear_names, ATTENTION_BLOCKS)
-        names = [name for block in blocks.values() for name in block if not _is_routed(peft_config, name)]
+        names = [name for block in blocks.values() for name in block if not is_target(peft_config, name)]
         return self._select(names) or None
-
-    def _select(self, names: list[str]) -> set[str]:
-        """What to put into a configuration to get exactly `names`: none of another tower of a multi-modal model."""
-        return set(shorten(names, [name for name, _ in self.model.named_modules()]))
 
     def _prepare_model(self, peft_config: MoLEConfig, model: nn.Module) -> None:
         """Check every target before the first one is touched, and find out which linears form an MLP."""
@@ -94,66 +85,38 @@ class MoLEModel(MoeTuner):
         self._scopes: dict[str, RouterScope] = {}
         if peft_config.target_modules == "all-linear":
             return
-        num_experts_of: dict[str, tuple[str, int]] = {}
-        for name, module in _adaptable_modules(model):
-            is_routed, is_lora = _is_routed(peft_config, name), _is_lora(peft_config, name)
-            if is_routed and is_lora:
-                raise ValueError(
-                    f"'{name}' is in target_modules and in lora_target_modules. A linear gets experts or an ordinary "
-                    "LoRA: remove it from one of the two."
-                )
-            if is_routed or is_lora:
-                check_target(model, name, base_of(module))
-            if is_routed:
-                block, num_experts = self._block_and_experts(peft_config, name)
-                first, expected = num_experts_of.setdefault(block, (name, num_experts))
-                if num_experts != expected:
+        for name, module in adaptable_modules(model):
+            if _is_lora(peft_config, name):
+                if is_target(peft_config, name):
                     raise ValueError(
-                        f"num_experts_pattern gives '{name}' {num_experts} experts, but '{first}' {expected}, and both "
-                        f"follow the router of '{block}'. Use the name of the MLP as the key."
+                        f"'{name}' is in target_modules and in lora_target_modules. A linear gets experts or an "
+                        "ordinary LoRA: remove it from one of the two."
                     )
-        if not num_experts_of:
-            raise ValueError(
-                f"No module of {type(model).__name__} gets experts: target_modules={_shown(peft_config.target_modules)} "
-                "matches nothing that exclude_modules and layers_to_transform leave. Compare the names with those of "
-                "model.named_modules(), or leave target_modules out to find the MLPs."
-            )
+                check_target(model, name, base_of(module), method=peft_config.method)
+        num_experts_of: dict[str, tuple[str, int]] = {}
+        for name in self._targets(peft_config, model):
+            block, num_experts = self._block_and_experts(peft_config, name)
+            first, expected = num_experts_of.setdefault(block, (name, num_experts))
+            if num_experts != expected:
+                raise ValueError(
+                    f"num_experts_pattern gives '{name}' {num_experts} experts, but '{first}' {expected}, and both "
+                    f"follow the router of '{block}'. Use the name of the MLP as the key."
+                )
 
     @staticmethod
     def _check_target_module_exists(peft_config: MoLEConfig, key: str) -> Any:
-        return _is_routed(peft_config, key) or _is_lora(peft_config, key)
+        return is_target(peft_config, key) or _is_lora(peft_config, key)
 
-    def _create_and_replace(
-        self,
-        peft_config: MoLEConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        layer = target
-        if not isinstance(layer, MoLELayer):
-            layer = Linear(target, current_key, self.recorder, self.aux_loss)
-            layer._active_adapter = adapter_name
-            is_encoder_decoder = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
-            layer.is_decoder = is_encoder_decoder and "decoder" in current_key.split(".")
-        layer.update_layer(
-            adapter_name,
-            peft_config,
-            r=_by_pattern(peft_config.rank_pattern, current_key, peft_config.r),
-            lora_alpha=_by_pattern(peft_config.alpha_pattern, current_key, peft_config.lora_alpha),
-            scope=self._scope_of(peft_config, adapter_name, current_key),
-        )
-        if layer is not target:
-            if adapter_name not in self.active_adapters:
-                layer.requires_grad_(False)
-            self._replace_module(parent, target_name, layer, target)
+    def _new_layer(self, target: nn.Module, name: str) -> MoLELayer:
+        return MoLELayer(target, name, self.recorder, self.aux_loss)
+
+    def _update_layer(self, layer: MoLELayer, adapter_name: str, peft_config: MoLEConfig, **settings: Any) -> None:
+        scope = self._scope_of(peft_config, adapter_name, layer.name)
+        layer.update_layer(adapter_name, peft_config, scope=scope, **settings)
 
     def _scope_of(self, peft_config: MoLEConfig, adapter_name: str, name: str) -> RouterScope | None:
         """The scope that a linear joins; `None` for an ordinary LoRA."""
-        if not _is_routed(peft_config, name):
+        if not is_target(peft_config, name):
             return None
         block, num_experts = self._block_and_experts(peft_config, name)
         if num_experts == 1:
@@ -168,46 +131,8 @@ class MoLEModel(MoeTuner):
         block = name
         if peft_config.router_scope == "mlp":
             block = self._block_of.get(name, name.rpartition(".")[0] or name)
-        by_block = _by_pattern(peft_config.num_experts_pattern, block, peft_config.num_experts)
-        return block, _by_pattern(peft_config.num_experts_pattern, name, by_block)
-
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge adapters that have a single expert everywhere; any other raises before anything is changed."""
-        self._check_mergeable(adapter_names)
-        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
-
-    def _unload_and_optionally_merge(
-        self, merge: bool = True, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
-    ) -> nn.Module:
-        if merge:
-            self._check_mergeable(adapter_names)
-        return super()._unload_and_optionally_merge(merge, *args, adapter_names=adapter_names, **kwargs)
-
-    def _check_mergeable(self, adapter_names: list[str] | None) -> None:
-        for module in self.model.modules():
-            if isinstance(module, Linear):
-                for adapter_name in adapter_names or self.active_adapters:
-                    if adapter_name in module.mole_A:
-                        module.check_mergeable(adapter_name)
-
-
-def _adaptable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """All modules but those inside a layer that has adapters already."""
-    inside = ""
-    for name, module in model.named_modules():
-        if not name or (inside and name.startswith(inside)):
-            continue
-        yield name, module
-        if isinstance(module, BaseTunerLayer):
-            inside = f"{name}."
-
-
-def _shown(target_modules: set[str] | list[str] | str | None) -> str:
-    return repr(target_modules if isinstance(target_modules, str) else sorted(target_modules or ()))
-
-
-def _is_routed(config: MoLEConfig, name: str) -> Any:
-    return check_target_module_exists(config, name)
+        by_block = by_pattern(peft_config.num_experts_pattern, block, peft_config.num_experts)
+        return block, by_pattern(peft_config.num_experts_pattern, name, by_block)
 
 
 def _is_lora(config: MoLEConfig, name: str) -> Any:
@@ -221,8 +146,4 @@ def _is_lora(config: MoLEConfig, name: str) -> Any:
         layers_to_transform=config.layers_to_transform,
         layers_pattern=config.layers_pattern,
     )
-    return check_target_module_exists(view, name)
-
-
-def _by_pattern(pattern: dict[str, Any], name: str, default: Any) -> Any:
-    return pattern.get(get_pattern_key(list(pattern), name), default)
+    return is_target(view, name)

@@ -2,20 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from ...kernels import DispatchPlan
-
-
-@dataclass(frozen=True)
-class RoutedTokens:
-    """The decision for T tokens: a plan for the kernels and the weights of the experts (or `None`: all 1)."""
-
-    plan: DispatchPlan
-    top_k_weights: torch.Tensor | None
+from ..experts_layer import Routed
 
 
 class RouterScope:
@@ -34,19 +23,19 @@ class RouterScope:
         self.adapter_name = adapter_name
         self.members: list[str] = []
         self.num_experts = 0
-        self._routed: RoutedTokens | None = None
+        self._routed: Routed | None = None
         self._waiting: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         """A decision belongs to a running forward; copies start without one."""
         return {**self.__dict__, "_routed": None, "_waiting": set()}
 
-    def leave(self, routed: RoutedTokens) -> None:
+    def leave(self, routed: Routed) -> None:
         """Called by the owner."""
         self._waiting = set(self.members[1:])
         self._routed = routed if self._waiting else None
 
-    def take(self, member: str, num_tokens: int) -> RoutedTokens:
+    def take(self, member: str, num_tokens: int) -> Routed:
         """Called by every other member, for `num_tokens` tokens."""
         routed = self._routed
         if routed is None or member not in self._waiting:

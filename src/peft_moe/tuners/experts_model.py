@@ -1,0 +1,125 @@
+"""What the tuners with LoRA experts share: choosing linears, checking them all before the first one is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from .base import MoeTuner
+from .experts_config import LoraExpertsConfig
+from .experts_layer import LoraExpertsLayer
+from .structure import base_of, check_target, shorten
+
+
+class LoraExpertsModel(MoeTuner):
+    """Base class of the tuners that put LoRA experts into linears."""
+
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def _select(self, names: list[str]) -> set[str]:
+        """What to put into a configuration to get exactly `names`: none of another tower of a multi-modal model."""
+        return set(shorten(names, [name for name, _ in self.model.named_modules()]))
+
+    def _targets(self, peft_config: LoraExpertsConfig, model: nn.Module) -> list[str]:
+        """Names of the linears that get experts, each checked.
+
+        Raises:
+            ValueError: there are none, or one cannot have experts.
+        """
+        names = []
+        for name, module in adaptable_modules(model):
+            if is_target(peft_config, name):
+                check_target(model, name, base_of(module), method=peft_config.method)
+                names.append(name)
+        if not names:
+            raise ValueError(
+                f"No module of {type(model).__name__} gets experts: target_modules="
+                f"{_shown(peft_config.target_modules)} matches nothing that exclude_modules and layers_to_transform "
+                "leave. Compare the names with those of model.named_modules(), or leave target_modules out to find "
+                "them by structure."
+            )
+        return names
+
+    def _new_layer(self, target: nn.Module, name: str) -> LoraExpertsLayer:
+        """The layer that replaces the linear `target`."""
+        raise NotImplementedError
+
+    def _update_layer(self, layer: LoraExpertsLayer, adapter_name: str, peft_config: Any, **settings: Any) -> None:
+        """Add the adapter to a layer; `settings` are `r` and `lora_alpha` with patterns applied."""
+        raise NotImplementedError
+
+    def _create_and_replace(
+        self,
+        peft_config: LoraExpertsConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        layer = target
+        if not isinstance(layer, LoraExpertsLayer):
+            layer = self._new_layer(target, current_key)
+            layer._active_adapter = adapter_name
+            is_encoder_decoder = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+            layer.is_decoder = is_encoder_decoder and "decoder" in current_key.split(".")
+        self._update_layer(
+            layer,
+            adapter_name,
+            peft_config,
+            r=by_pattern(peft_config.rank_pattern, current_key, peft_config.r),
+            lora_alpha=by_pattern(peft_config.alpha_pattern, current_key, peft_config.lora_alpha),
+        )
+        if layer is not target:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters where that is exact; any other raises before anything is changed."""
+        self._check_mergeable(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self, merge: bool = True, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
+    ) -> nn.Module:
+        if merge:
+            self._check_mergeable(adapter_names)
+        return super()._unload_and_optionally_merge(merge, *args, adapter_names=adapter_names, **kwargs)
+
+    def _check_mergeable(self, adapter_names: list[str] | None) -> None:
+        for module in self.model.modules():
+            if isinstance(module, LoraExpertsLayer):
+                for adapter_name in adapter_names or self.active_adapters:
+                    if adapter_name in module.r:
+                        module.check_mergeable(adapter_name)
+
+
+def adaptable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules but those inside a layer that has adapters already."""
+    inside = ""
+    for name, module in model.named_modules():
+        if not name or (inside and name.startswith(inside)):
+            continue
+        yield name, module
+        if isinstance(module, BaseTunerLayer):
+            inside = f"{name}."
+
+
+def is_target(config: Any, name: str) -> Any:
+    """Whether `target_modules` and the fields that restrict it choose the module `name`."""
+    return check_target_module_exists(config, name)
+
+
+def by_pattern(pattern: dict[str, Any], name: str, default: Any) -> Any:
+    """The value whose key matches `name`, or `default`."""
+    return pattern.get(get_pattern_key(list(pattern), name), default)
+
+
+def _shown(target_modules: set[str] | list[str] | str | None) -> str:
+    return repr(target_modules if isinstance(target_modules, str) else sorted(target_modules or ()))

@@ -1,0 +1,17 @@
+"""MoCLE: the cluster of an instruction chooses the LoRA expert, after Mixture of Cluster-conditional LoRA Experts."""
+
+from .attach import attach_encoder
+from .clustering import InstructionClusterer, choose_num_clusters
+from .config import MoCLEConfig
+from .layer import MoCLELayer
+from .model import MoCLEModel
+
+
+__all__ = [
+    "InstructionClusterer",
+    "MoCLEConfig",
+    "MoCLELayer",
+    "MoCLEModel",
+    "attach_encoder",
+    "choose_num_clusters",
+]

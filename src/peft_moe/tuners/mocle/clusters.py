@@ -1,0 +1,205 @@
+"""Which cluster each example of a forward pass belongs to: given as `cluster_ids`, or found from the prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ...recording import ForwardPass, RoutingRecorder
+from .config import MoCLEConfig
+
+
+CLUSTER_IDS = "cluster_ids"
+GENERATION_PROMPT = "generation_prompt"
+CACHE_ATTRIBUTE = "_mocle_clusters"
+
+# inputs of the model by name -> (N,) int64
+ClusterFinder = Callable[[dict[str, Any]], torch.Tensor]
+
+
+@dataclass(eq=False)
+class BatchClusters:
+    """The clusters of the N examples of a batch. One object per forward pass, so that it identifies the pass.
+
+    Args:
+        ids (`torch.Tensor` of shape `(N,)`, int64, or `None`):
+            `None`: not known, every example uses the universal expert.
+        segments (`torch.Tensor` of shape `(T,)`, int64, *optional*):
+            The example of each token, where several are packed into one row.
+        is_expandable (`bool`):
+            Whether a batch may be a multiple of N, each example repeated side by side (beams, several answers).
+    """
+
+    ids: torch.Tensor | None
+    segments: torch.Tensor | None = None
+    is_expandable: bool = False
+    on_device: dict[torch.device, torch.Tensor] = field(default_factory=dict, repr=False)
+
+    def ids_on(self, device: torch.device) -> torch.Tensor:
+        """The ids on the device of a layer; for models that are spread over several."""
+        assert self.ids is not None
+        if self.ids.device == device:
+            return self.ids
+        if device not in self.on_device:
+            self.on_device[device] = self.ids.to(device)
+        return self.on_device[device]
+
+    def rows(self, shape: torch.Size, module_name: str) -> tuple[int, int]:
+        """How a layer's input of this shape, without its last axis, splits into `(examples, tokens per example)`.
+
+        Raises:
+            ValueError: it does not.
+        """
+        first, num_tokens = (shape[0] if shape else 1), shape.numel()
+        if self.ids is None:
+            return (first, num_tokens // first) if len(shape) > 1 else (1, num_tokens)
+        num_examples = self.ids.shape[0]
+        if len(shape) == 1 and num_tokens % num_examples == 0:
+            return num_examples, num_tokens // num_examples  # a model that flattens its tokens, or one vector each
+        if first == num_examples or (self.is_expandable and first % num_examples == 0):
+            return first, num_tokens // first
+        raise ValueError(
+            f"cluster_ids has {num_examples} entries, but '{module_name}' got a batch of {first} (shape "
+            f"{tuple(shape)}). Pass one cluster id per example, as an int64 tensor of shape (batch,); for packed rows one "
+            "per packed example, together with position_ids that start again at 0. A layer that sees images or other "
+            "inputs than the examples cannot be routed: exclude it with exclude_modules."
+        )
+
+
+class ClusterLookup:
+    """Finds the clusters of a batch for one adapter; shared by all its layers.
+
+    Args:
+        adapter_name (`str`), config (`MoCLEConfig`): which adapter.
+    """
+
+    def __init__(self, adapter_name: str, config: MoCLEConfig) -> None:
+        self.adapter_name = adapter_name
+        self.config = config
+        self.num_clusters = config.num_clusters
+        self.fallback = config.fallback
+        self.finder: ClusterFinder | None = None
+        """finds ids in the inputs of a pass; set by `attach_encoder`"""
+
+    def of_running_pass(self, recorder: RoutingRecorder) -> BatchClusters:
+        """The clusters of what is being computed, worked out once per pass.
+
+        Raises:
+            ValueError: they are not known and there is no fallback, or they make no sense.
+        """
+        forward_pass = recorder.find_pass()
+        if forward_pass is None:
+            if self.fallback == "universal":
+                return BatchClusters(None)
+            raise ValueError(
+                f"The clusters of this batch are not known to the MoCLE adapter {self.adapter_name!r}: a part of the "
+                "model was called, and not the model itself. Call the model, or pass fallback='universal' in the "
+                "configuration."
+            )
+        if forward_pass is recorder.current and forward_pass.has_gradient:
+            forward_pass.is_awaited = True
+        holder = self._holder(forward_pass)
+        if self not in holder.derived:
+            holder.derived[self] = self._find(holder.inputs if holder is not forward_pass else forward_pass.inputs)
+        clusters: BatchClusters = holder.derived[self]
+        forward_pass.derived[self] = clusters
+        return clusters
+
+    def _holder(self, forward_pass: ForwardPass) -> ForwardPass:
+        """What the clusters belong to: the pass, or the whole generation that it is a step of."""
+        surrounding = forward_pass.surrounding
+        if surrounding is None or self in forward_pass.derived:
+            return forward_pass
+        is_its_own = forward_pass.inputs.get(CLUSTER_IDS) is not surrounding.inputs.get(CLUSTER_IDS)
+        return forward_pass if is_its_own else surrounding
+
+    def _find(self, inputs: dict[str, Any]) -> BatchClusters:
+        ids = inputs.get(CLUSTER_IDS)
+        if ids is None:
+            remembered = getattr(inputs.get("past_key_values"), CACHE_ATTRIBUTE, {}).get(self.adapter_name)
+            if remembered is not None:
+                return BatchClusters(remembered.ids, is_expandable=True)
+            prompt = _prompt(inputs)
+            if self.finder is not None and prompt is not None:
+                ids = self.finder(prompt)
+        if ids is None:
+            if self.fallback == "universal":
+                return BatchClusters(None)
+            raise ValueError(
+                f"The MoCLE adapter {self.adapter_name!r} needs the cluster of each example, but got no cluster_ids. Pass "
+                "cluster_ids, an int64 tensor of shape (batch,), with the batch or to generate (add a column to a "
+                "dataset by InstructionClusterer.add_cluster_ids); or let it find them from input_ids: "
+                "attach_encoder(model); or choose fallback='universal' in the configuration."
+            )
+        ids = self._checked(ids, like=inputs.get("input_ids"))
+        return BatchClusters(ids, _segments(ids, inputs), is_expandable=GENERATION_PROMPT in inputs)
+
+    def _checked(self, ids: Any, *, like: Any) -> torch.Tensor:
+        if not isinstance(ids, torch.Tensor):
+            raise ValueError(
+                f"cluster_ids must be a tensor, but is {type(ids).__name__}. Use torch.tensor(cluster_ids)."
+            )
+        if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
+            raise ValueError(
+                f"cluster_ids must be whole numbers, but is {ids.dtype}. Pass the ids that InstructionClusterer.predict "
+                "returns, or cluster_ids.long()."
+            )
+        if ids.dim() != 1 or ids.shape[0] == 0:
+            raise ValueError(
+                f"cluster_ids must have the shape (batch,), one id per example, but is {tuple(ids.shape)}. Use "
+                "cluster_ids.reshape(-1)."
+            )
+        if isinstance(like, torch.Tensor) and like.device != ids.device:
+            raise ValueError(
+                f"cluster_ids is on {ids.device}, but input_ids on {like.device}. Use cluster_ids.to({str(like.device)!r})."
+            )
+        if ids.device.type != "meta" and not torch.compiler.is_compiling():
+            smallest, largest = (int(bound) for bound in torch.aminmax(ids))
+            if smallest < 0 or largest >= self.num_clusters:
+                raise ValueError(
+                    f"cluster_ids must be between 0 and {self.num_clusters - 1} (num_clusters={self.num_clusters}), but "
+                    f"holds {smallest if smallest < 0 else largest}. They come from another clustering; predict them with "
+                    "the clusterer that the adapter was made from."
+                )
+        return ids.long()
+
+
+def _prompt(inputs: dict[str, Any]) -> dict[str, Any] | None:
+    """The inputs that hold whole prompts: those of `generate`, or those of this pass unless it continues a cache."""
+    if GENERATION_PROMPT in inputs:
+        inputs = inputs[GENERATION_PROMPT]
+    elif inputs.get("past_key_values") is not None and inputs["past_key_values"].get_seq_length() > 0:
+        return None
+    return inputs if isinstance(inputs.get("input_ids"), torch.Tensor) else None
+
+
+def _segments(ids: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor | None:
+    """The example of each token where rows hold several examples, told by position_ids that start again at 0.
+
+    Tokens that pad a packed row at its end, all with position 0, follow the last example.
+    """
+    position_ids = inputs.get("position_ids")
+    if not isinstance(position_ids, torch.Tensor) or position_ids.dim() != 2 or position_ids.shape[0] == ids.shape[0]:
+        return None
+    starts = position_ids.flatten().eq(0)
+    segments = starts.cumsum(0) - 1
+    num_examples = ids.shape[0]
+    is_padding = segments >= num_examples
+    if int(segments[-1]) + 1 < num_examples or int(segments[0]) < 0 or bool((is_padding & ~starts).any()):
+        return None
+    return segments.clamp(max=num_examples - 1).to(ids.device)
+
+
+def remember_clusters(recorder: RoutingRecorder, forward_pass: ForwardPass, output: Any) -> Any:
+    """Output hook: leave the clusters of a prompt on its key-value cache, for decoding loops that pass nothing else."""
+    cache = getattr(output, "past_key_values", None)
+    if cache is not None and hasattr(cache, "__dict__") and not torch.compiler.is_compiling():
+        found = {
+            key.adapter_name: value for key, value in forward_pass.derived.items() if isinstance(key, ClusterLookup)
+        }
+        if found:
+            setattr(cache, CACHE_ATTRIBUTE, found)
+    return output

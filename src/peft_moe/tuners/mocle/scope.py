@@ -1,0 +1,180 @@
+"""The gate that the linears of one layer share, and what it decided for a batch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...kernels import DispatchPlan
+from ...recording import RoutingRecorder
+from ...routing import ClusterRouter, RouterOutput
+from ..experts_layer import Routed
+from .clusters import BatchClusters, ClusterLookup
+
+
+if TYPE_CHECKING:
+    from .layer import MoCLELayer
+
+
+class Decision:
+    """What a gate decided for the N examples of a batch, and what kernels make of it for inputs of any shape."""
+
+    def __init__(self, output: RouterOutput, clusters: BatchClusters, num_stacked: int) -> None:
+        self.output = output
+        self.clusters = clusters
+        self.num_stacked = num_stacked
+        self._routed: dict[tuple[int, int], Routed] = {}
+
+    def routed(self, shape: torch.Size, module_name: str) -> Routed:
+        """For a layer's input of this shape, without its last axis."""
+        segments = self.clusters.segments
+        key = (shape.numel(), 0) if segments is not None else self.clusters.rows(shape, module_name)
+        if key not in self._routed:
+            self._routed[key] = self._by_token(key[0]) if segments is not None else self._by_example(*key)
+        return self._routed[key]
+
+    def _by_example(self, num_examples: int, tokens_per_example: int) -> Routed:
+        index, weights = self.output.top_k_index, self.output.top_k_weights
+        copies = num_examples // index.shape[0]
+        if copies != 1:
+            index = index.repeat_interleave(copies, dim=0)
+            weights = None if weights is None else weights.repeat_interleave(copies, dim=0)
+        plan = DispatchPlan.from_index(index, self.num_stacked, tokens_per_example=max(tokens_per_example, 1))
+        return Routed(plan, weights)
+
+    def _by_token(self, num_tokens: int) -> Routed:
+        segments = self.clusters.segments
+        assert segments is not None
+        if segments.shape[0] != num_tokens:
+            raise ValueError(
+                f"The position_ids of this batch tell {segments.shape[0]} packed tokens, but a layer got {num_tokens}. "
+                "Packed examples can be routed only in layers that see all their tokens."
+            )
+        index, weights = self.output.top_k_index, self.output.top_k_weights
+        segments = segments.to(index.device)
+        plan = DispatchPlan.from_index(index.index_select(0, segments), self.num_stacked)
+        return Routed(plan, None if weights is None else weights.index_select(0, segments))
+
+
+class GateScope:
+    """The linears that follow one gate.
+
+    The first of them that is called for a batch asks the gate, the others take over what it decided; so noise is drawn
+    once, and what a recomputation by gradient checkpointing computes is what the first forward computed. Without
+    gradients a decision is kept while ids and weights are the same, which makes decoding cheap.
+
+    Args:
+        name (`str`): name of the layer (of the linear, with `gate_scope="module"`).
+        lookup (`ClusterLookup`): that of the adapter.
+    """
+
+    def __init__(self, name: str, lookup: ClusterLookup) -> None:
+        self.name = name
+        self.lookup = lookup
+        self.members: list[str] = []
+        self.gate_owner: MoCLELayer | None = None
+        self.embedding_owner: MoCLELayer | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._decision: Decision | None = None
+        self._waiting: set[str] = set()
+        self._kept_for: tuple[Any, ...] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A decision belongs to a running forward; copies start without one."""
+        return {**self.__dict__, "_decision": None, "_waiting": set(), "_kept_for": None}
+
+    @property
+    def adapter_name(self) -> str:
+        """The adapter that this scope belongs to."""
+        return self.lookup.adapter_name
+
+    @property
+    def gate(self) -> ClusterRouter:
+        """The gate."""
+        assert self.gate_owner is not None
+        gate: ClusterRouter = self.gate_owner.mocle_gate[self.adapter_name]
+        return gate
+
+    def route(self, member: str, shape: torch.Size, recorder: RoutingRecorder, device: torch.device) -> Routed:
+        """What `member` has to do with an input of this shape (without its last axis) on `device`."""
+        clusters = self.lookup.of_running_pass(recorder)
+        decision = self._decision
+        if decision is None or decision.clusters is not clusters or member not in self._waiting:
+            decision = self._decide(clusters, recorder, device)
+            self._waiting = set(self.members)
+        self._waiting.discard(member)
+        routed = decision.routed(shape, member)
+        if not self._waiting and self._kept_for is None:
+            self._decision = None
+        return routed
+
+    def _decide(self, clusters: BatchClusters, recorder: RoutingRecorder, device: torch.device) -> Decision:
+        state = self._state(clusters)
+        if state is not None and state == self._kept_for and self._decision is not None:
+            decision = Decision(self._decision.output, clusters, self.gate.num_stacked)
+            decision._routed = self._decision._routed
+        else:
+            decision = Decision(self.decide(clusters, device), clusters, self.gate.num_stacked)
+        self._decision, self._kept_for = decision, state
+        if recorder.needs_record(is_training=False):
+            output = decision.output
+            shape = torch.Size((output.router_logits.shape[0],))
+            recorder.record(self.adapter_name, self.name, output, shape=shape, is_training=False, is_per_example=True)
+        return decision
+
+    def decide(self, clusters: BatchClusters, device: torch.device) -> RouterOutput:
+        """Ask the gate about N examples; the answer is on `device`."""
+        assert self.gate_owner is not None and self.embedding_owner is not None
+        gate = self.gate
+        if clusters.ids is None:
+            return gate.universal_only(1, device)
+        embedding = self.embedding_owner.mocle_embedding[self.adapter_name]
+        embedded = embedding(clusters.ids_on(_device_of(embedding.weight, clusters.ids)))
+        return _moved(gate(embedded.to(_device_of(gate.weight, embedded))), device)
+
+    def _state(self, clusters: BatchClusters) -> tuple[Any, ...] | None:
+        """What a decision without gradient depends on; `None` where it must not be kept."""
+        if torch.is_grad_enabled() or self.gate.training or torch.compiler.is_compiling():
+            return None
+        assert self.gate_owner is not None and self.embedding_owner is not None
+        tensors = [
+            *self.gate.parameters(),
+            *self.embedding_owner.mocle_embedding[self.adapter_name].parameters(),
+        ]
+        if any(tensor.is_inference() for tensor in tensors):
+            return None
+        # the object and not its number: a new tensor may get the address of an old one
+        return (_Same(clusters.ids), _Same(clusters.segments), *((_Same(t), t._version) for t in tensors))
+
+
+class _Same:
+    """Equal only to the same object, which it keeps alive."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _device_of(weight: torch.Tensor, otherwise: torch.Tensor) -> torch.device:
+    """Where a module computes; an offloaded weight is on no device until the module is called."""
+    return otherwise.device if weight.is_meta else weight.device
+
+
+def _moved(output: RouterOutput, device: torch.device) -> RouterOutput:
+    """The same decision on the device of the layer that acts on it."""
+    if output.top_k_index.device == device:
+        return output
+    weights, counted = output.top_k_weights, output.balance_index
+    return RouterOutput(
+        output.router_logits.to(device),
+        output.top_k_index.to(device),
+        None if weights is None else weights.to(device),
+        None if counted is None else counted.to(device),
+    )
