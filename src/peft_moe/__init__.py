@@ -5,6 +5,7 @@ from .aux_loss import get_aux_loss, set_aux_loss_scale
 from .monitoring import ExpertLoadCallback, record_expert_load
 from .optimization import router_parameter_groups
 from .tuners import (
+    ClusterIdsCollator,
     InstructionClusterer,
     MoCLEConfig,
     MoCLEModel,
@@ -16,6 +17,7 @@ from .tuners import (
 
 
 __all__ = [
+    "ClusterIdsCollator",
     "ExpertLoadCallback",
     "InstructionClusterer",
     "MoCLEConfig",

@@ -31,7 +31,7 @@ def outputs_of(model, batch) -> torch.Tensor:
     return torch.cat([t.float().flatten() for t in output.values() if isinstance(t, torch.Tensor) and t.numel() > 1])
 
 
-def routed_layers(model) -> dict[str, Linear]:
+def routed_layers(model) -> dict[str, MoLELayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, MoLELayer) and module.scopes}
 
 

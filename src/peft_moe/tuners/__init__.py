@@ -1,6 +1,13 @@
 """The PEFT tuners of this package, registered with PEFT on import."""
 
-from .mocle import InstructionClusterer, MoCLEConfig, MoCLEModel, attach_encoder, choose_num_clusters
+from .mocle import (
+    ClusterIdsCollator,
+    InstructionClusterer,
+    MoCLEConfig,
+    MoCLEModel,
+    attach_encoder,
+    choose_num_clusters,
+)
 from .mole import MoLEConfig, MoLEModel
 from .registration import register_tuner
 
@@ -9,6 +16,7 @@ register_tuner("mole", config_cls=MoLEConfig, model_cls=MoLEModel)
 register_tuner("mocle", config_cls=MoCLEConfig, model_cls=MoCLEModel)
 
 __all__ = [
+    "ClusterIdsCollator",
     "InstructionClusterer",
     "MoCLEConfig",
     "MoCLEModel",

@@ -2,12 +2,14 @@
 
 from .attach import attach_encoder
 from .clustering import InstructionClusterer, choose_num_clusters
+from .collator import ClusterIdsCollator
 from .config import MoCLEConfig
 from .layer import MoCLELayer
 from .model import MoCLEModel
 
 
 __all__ = [
+    "ClusterIdsCollator",
     "InstructionClusterer",
     "MoCLEConfig",
     "MoCLELayer",

@@ -19,7 +19,8 @@ def open_entrance(base_model: nn.Module, recorder: RoutingRecorder) -> None:
     """Make `forward` and `generate` of `base_model` accept `cluster_ids`; calling it again does nothing.
 
     The ids go to the routers through the recorder and never reach the model itself. `forward` gets a signature that
-    names them, for `Trainer` drops the columns of a dataset that it does not find there.
+    names them, for `Trainer` drops the columns of a dataset that it does not find there. Pickle keeps no method of an
+    instance: a whole model that went through `torch.save` takes `cluster_ids` in its call, but not in `generate`.
     """
     recorder.router_inputs.add(CLUSTER_IDS)
     if remember_clusters not in recorder.output_hooks:
