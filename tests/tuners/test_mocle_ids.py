@@ -237,7 +237,7 @@ class TestGenerate:
         settings = {**GREEDY, "num_beams": 2}
         together = model.generate(input_ids=tokens, cluster_ids=ids, **settings)
         for row in range(3):
-            alone = model.generate(input_ids=prompt()[row : row + 1], cluster_ids=ids[row : row + 1], **settings)
+            alone = model.generate(input_ids=tokens[row : row + 1], cluster_ids=ids[row : row + 1], **settings)
             assert torch.equal(together[row : row + 1], alone)
 
     def test_a_model_whose_generate_calls_its_language_model_directly(self):

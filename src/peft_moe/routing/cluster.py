@@ -27,8 +27,8 @@ class ClusterCentroids(Float32Module):
 
     @property
     def are_known(self) -> bool:
-        """Whether they have been set or loaded."""
-        return not self.weight.is_meta and bool(torch.isfinite(self.weight).all())
+        """Whether they have been set or loaded; offloaded ones count as loaded."""
+        return self.weight.is_meta or bool(torch.isfinite(self.weight).all())
 
 
 class ClusterEmbedding(Float32Module):

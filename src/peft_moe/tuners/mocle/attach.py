@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...routing import ClusterCentroids
 from .clustering import nearest_centroid
 from .clusters import ClusterLookup
 from .instructions import PromptReader
@@ -45,7 +46,8 @@ class PromptClusters:
         mask, labels = (_fitting(inputs.get(name), input_ids) for name in ("attention_mask", "labels"))
         position_ids = _fitting(inputs.get("position_ids"), input_ids)
         if mask is None and position_ids is not None and int(position_ids.eq(0).sum()) > len(input_ids):
-            texts = [text for row in _unpacked(input_ids, labels, position_ids) for text in self.reader.read(*row)]
+            rows = _unpacked(input_ids, labels, position_ids, self.reader.tokenizer.pad_token_id)
+            texts = [text for row in rows for text in self.reader.read(*row)]
         else:
             texts = self.reader.read(input_ids, mask, labels)
         return self.predict(texts).to(input_ids.device)
@@ -72,15 +74,16 @@ def _fitting(tensor: Any, input_ids: torch.Tensor) -> torch.Tensor | None:
 
 
 def _unpacked(
-    input_ids: torch.Tensor, labels: torch.Tensor | None, position_ids: torch.Tensor
+    input_ids: torch.Tensor, labels: torch.Tensor | None, position_ids: torch.Tensor, pad_token_id: int | None
 ) -> list[tuple[torch.Tensor, None, torch.Tensor | None]]:
     """The examples that are packed into rows, each a batch of one; padding at the end of a row is left out."""
     examples = []
     for row, positions in enumerate(position_ids):
         starts = positions.eq(0).nonzero().flatten().tolist()
-        while len(starts) > 1 and starts[-1] == starts[-2] + 1 and starts[-1] == len(positions) - 1:
-            positions = positions[: starts.pop()]
-        for start, stop in zip(starts, [*starts[1:], len(positions)], strict=True):
+        end = len(positions)
+        while len(starts) > 1 and starts[-1] == end - 1 and input_ids[row, end - 1] == pad_token_id:
+            end = starts.pop()
+        for start, stop in zip(starts, [*starts[1:], end], strict=True):
             part = slice(start, stop)
             examples.append(
                 (input_ids[row : row + 1, part], None, None if labels is None else labels[row : row + 1, part])
@@ -126,13 +129,14 @@ def attach_encoder(
     """
     lookups = _lookups(model, adapter_name)
     processor = tokenizer if tokenizer is not None else _tokenizer_of(model)
-    for lookup, layer in lookups.items():
+    for lookup, known in lookups.items():
         config = lookup.config
         name = encoder if encoder is not None else config.encoder_name
         if name is None:
             raise ValueError(f"The adapter {lookup.adapter_name!r} names no sentence encoder. Give one: encoder=...")
         sentence_encoder = name if isinstance(name, SentenceEncoder) else SentenceEncoder(name)
-        centroids = layer.mocle_centroids[lookup.adapter_name].weight.detach().float().cpu()
+        lookup.check_centroids()
+        centroids = known.weight.detach().float().cpu()
         if sentence_encoder.embedding_dim != centroids.shape[1]:
             raise ValueError(
                 f"The encoder {sentence_encoder.name_or_path!r} makes vectors of width {sentence_encoder.embedding_dim}, "
@@ -145,8 +149,8 @@ def attach_encoder(
         )
 
 
-def _lookups(model: nn.Module, adapter_name: str | None) -> dict[ClusterLookup, MoCLELayer]:
-    """What finds clusters for each adapter, with the layer that holds its centroids."""
+def _lookups(model: nn.Module, adapter_name: str | None) -> dict[ClusterLookup, ClusterCentroids]:
+    """What finds clusters for each adapter that carries centroids, with those."""
     layers = [module for module in model.modules() if isinstance(module, MoCLELayer)]
     names = sorted({name for layer in layers for name in layer.scopes})
     if adapter_name is not None and adapter_name not in names or not names:
@@ -154,12 +158,8 @@ def _lookups(model: nn.Module, adapter_name: str | None) -> dict[ClusterLookup, 
             f"The model has no MoCLE adapter{f' {adapter_name!r}' if adapter_name else ''} (it has {names}). Add one by "
             "get_peft_model(model, MoCLEConfig.from_clusterer(...)), or load one."
         )
-    found = {
-        layer.scopes[name].lookup: layer
-        for layer in layers
-        for name, centroids in layer.mocle_centroids.items()
-        if adapter_name in (None, name) and centroids.are_known
-    }
+    lookups = {layer.scopes[name].lookup for layer in layers for name in layer.scopes if adapter_name in (None, name)}
+    found = {lookup: lookup.centroids for lookup in lookups if lookup.centroids is not None}
     if not found:
         raise ValueError(
             f"The MoCLE adapter {adapter_name or names[0]!r} carries no centroids, so that the clusters of prompts cannot "

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ...recording import ForwardPass, RoutingRecorder
+from ...routing import ClusterCentroids
 from .config import MoCLEConfig
+
+
+if TYPE_CHECKING:
+    from .layer import MoCLELayer
 
 
 CLUSTER_IDS = "cluster_ids"
@@ -83,6 +88,27 @@ class ClusterLookup:
         self.fallback = config.fallback
         self.finder: ClusterFinder | None = None
         """finds ids in the inputs of a pass; set by `attach_encoder`"""
+        self.centroids_owner: MoCLELayer | None = None
+        """the layer that holds the centroids, if the adapter carries any"""
+        self._has_checked_centroids = False
+
+    @property
+    def centroids(self) -> ClusterCentroids | None:
+        """Those that the adapter carries."""
+        if self.centroids_owner is None:
+            return None
+        centroids: ClusterCentroids = self.centroids_owner.mocle_centroids[self.adapter_name]
+        return centroids
+
+    def check_centroids(self) -> None:
+        """Raise `ValueError` where the configuration names centroids that were neither given nor loaded."""
+        centroids = self.centroids
+        if centroids is not None and not centroids.are_known:
+            raise ValueError(
+                f"The configuration of the MoCLE adapter {self.adapter_name!r} names centroids (centroids_sha256), but "
+                "they were neither given nor loaded. Make the configuration from the clustering, by "
+                "MoCLEConfig.from_clusterer(...), or load the whole adapter, by PeftModel.from_pretrained(...)."
+            )
 
     def of_running_pass(self, recorder: RoutingRecorder) -> BatchClusters:
         """The clusters of what is being computed, worked out once per pass.
@@ -101,6 +127,9 @@ class ClusterLookup:
             )
         if forward_pass is recorder.current and forward_pass.has_gradient:
             forward_pass.is_awaited = True
+        if not self._has_checked_centroids and not torch.compiler.is_compiling():
+            self.check_centroids()
+            self._has_checked_centroids = True
         holder = self._holder(forward_pass)
         if self not in holder.derived:
             holder.derived[self] = self._find(holder.inputs if holder is not forward_pass else forward_pass.inputs)

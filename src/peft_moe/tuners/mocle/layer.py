@@ -84,6 +84,7 @@ class MoCLELayer(LoraExpertsLayer):
             self.mocle_embedding[adapter_name] = _new_embedding(config)
         if owns_centroids:
             self.mocle_centroids[adapter_name] = _new_centroids(config)
+            scope.lookup.centroids_owner = self
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 

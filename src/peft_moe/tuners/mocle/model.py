@@ -69,7 +69,7 @@ class MoCLEModel(LoraExpertsModel):
             if isinstance(layer, MoCLELayer):
                 for name, centroids in layer.mocle_centroids.items():
                     is_same = self.peft_config[name].centroids_sha256 == config.centroids_sha256
-                    if is_same and centroids.are_known:
+                    if is_same and centroids.are_known and not centroids.weight.is_meta:
                         return centroids.weight.detach().cpu().clone()
         return None
 

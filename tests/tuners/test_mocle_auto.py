@@ -1,0 +1,301 @@
+"""With its encoder attached, a model finds the clusters of its prompts by itself, wherever it was loaded from."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from test_mocle_formula import layers_of
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, pipeline
+
+from peft_moe import InstructionClusterer, MoCLEConfig, attach_encoder
+from peft_moe.tuners.mocle.sentence_encoder import SentenceEncoder
+from tiny_models import tiny_llama
+
+
+TEXTS = ["a b c d", "n o p q", "w1 w2 w3 w4"]
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + ' ' + message['content'] + ' <|im_end|> ' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant ' }}{% endif %}"
+)
+GREEDY = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+
+
+def word_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """One token per word, with a chat template."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    special = ["<pad>", "<eos>", "<unk>", "<|im_start|>", "<|im_end|>", "<image>"]
+    words = [*special, "user", "assistant", *"abcdefghijklmnopqrstuvwxyz", *(f"w{i}" for i in range(30))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        additional_special_tokens=["<|im_start|>", "<|im_end|>", "<image>"],
+        padding_side="left",
+    )
+    fast.chat_template = CHATML
+    return fast
+
+
+@pytest.fixture(scope="module")
+def encoder_folder(tmp_path_factory) -> str:
+    """A sentence encoder with random weights; texts of other words get other vectors."""
+    folder = tmp_path_factory.mktemp("encoder")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    transformers.BertModel(transformers.BertConfig(vocab_size=64, **sizes)).save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def clusterer(encoder_folder) -> InstructionClusterer:
+    """Each of the three texts is a cluster of its own."""
+    found = InstructionClusterer.fit(TEXTS, num_clusters=3, encoder=encoder_folder, show_progress=False)
+    assert sorted(found.predict(TEXTS).tolist()) == [0, 1, 2]
+    return found
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("base")
+    tiny_llama(max_position_embeddings=128).save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def config_of(clusterer, **settings) -> MoCLEConfig:
+    defaults = {"num_experts": 3, "r": 2, "lora_dropout": 0.0, "gate_noise_std": 0.0, "init_lora_weights": False}
+    return MoCLEConfig.from_clusterer(
+        clusterer, **{**defaults, "task_type": "CAUSAL_LM", "temperature": 0.01, **settings}
+    )
+
+
+@pytest.fixture(scope="module")
+def adapter_folder(tmp_path_factory, base_folder, clusterer) -> str:
+    folder = tmp_path_factory.mktemp("adapter")
+    torch.manual_seed(7)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_folder), config_of(clusterer))
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def model(base_folder, adapter_folder) -> PeftModel:
+    base = AutoModelForCausalLM.from_pretrained(base_folder)
+    return PeftModel.from_pretrained(base, adapter_folder, is_trainable=True).eval()
+
+
+def tokens_of(texts: list[str]) -> dict[str, torch.Tensor]:
+    batch = word_tokenizer()(texts, padding=True, return_tensors="pt")
+    return {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+
+def ids_of(clusterer, texts: list[str]) -> torch.Tensor:
+    return clusterer.predict(texts)
+
+
+def spy(model) -> list[list[int]]:
+    seen = []
+    layer = next(iter(layers_of(model).values()))
+    layer.register_forward_pre_hook(
+        lambda module, args: seen.append(module.scopes["default"].lookup.of_running_pass(module.recorder).ids.tolist())
+    )
+    return seen
+
+
+def load_by_peft(base_folder, adapter_folder):
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), adapter_folder)
+
+
+def load_by_auto_class(base_folder, adapter_folder):
+    return AutoPeftModelForCausalLM.from_pretrained(adapter_folder)
+
+
+def load_by_transformers(base_folder, adapter_folder):
+    model = AutoModelForCausalLM.from_pretrained(base_folder)
+    model.load_adapter(adapter_folder)
+    return model
+
+
+def load_with_little_memory(base_folder, adapter_folder):
+    base = AutoModelForCausalLM.from_pretrained(base_folder)
+    return PeftModel.from_pretrained(base, adapter_folder, low_cpu_mem_usage=True)
+
+
+LOADERS = [load_by_peft, load_by_auto_class, load_by_transformers, load_with_little_memory]
+
+
+class TestWithoutIds:
+    @pytest.mark.parametrize("load", LOADERS, ids=lambda load: load.__name__)
+    def test_prompts_go_where_the_clusterer_sends_them(self, load, base_folder, adapter_folder, clusterer):
+        model = load(base_folder, adapter_folder).eval()
+        batch, ids = tokens_of(TEXTS), ids_of(clusterer, TEXTS)
+        expected = model(**batch, cluster_ids=ids).logits
+        with pytest.raises(ValueError, match="got no cluster_ids.*attach_encoder"):
+            model(**batch)
+        attach_encoder(model)
+        assert torch.equal(model(**batch).logits, expected)
+        assert torch.equal(model.generate(**batch, **GREEDY), model.generate(**batch, cluster_ids=ids, **GREEDY))
+
+    @pytest.mark.parametrize(
+        "settings",
+        [{}, {"use_cache": False}, {"num_beams": 3, "num_return_sequences": 2}, {"cache_implementation": "static"}],
+        ids=["cache", "no-cache", "beams", "static-cache"],
+    )
+    def test_every_step_of_a_generation_keeps_the_clusters_of_the_prompt(self, model, clusterer, settings):
+        attach_encoder(model)
+        seen = spy(model)
+        found = model.generate(**tokens_of(TEXTS), **GREEDY, **settings)
+        ids = ids_of(clusterer, TEXTS)
+        assert seen == [ids.tolist()] * 5
+        assert torch.equal(found, model.generate(**tokens_of(TEXTS), cluster_ids=ids, **GREEDY, **settings))
+
+    def test_a_hand_written_loop_keeps_them_too(self, model, clusterer):
+        attach_encoder(model)
+        seen = spy(model)
+        with torch.no_grad():
+            output = model(**tokens_of(TEXTS), use_cache=True)
+            new = output.logits[:, -1:].argmax(dim=-1)
+            model(input_ids=new, past_key_values=output.past_key_values)
+        assert seen == [ids_of(clusterer, TEXTS).tolist()] * 2
+
+    def test_given_ids_win(self, model):
+        attach_encoder(model)
+        seen = spy(model)
+        model(**tokens_of(TEXTS), cluster_ids=torch.tensor([2, 2, 2]))
+        assert seen == [[2, 2, 2]]
+
+    def test_pipelines_route_texts_and_chats_by_themselves(self, model, clusterer):
+        attach_encoder(model)
+        seen = spy(model)
+        pipe = pipeline("text-generation", model=model, tokenizer=word_tokenizer())
+        settings = {"max_new_tokens": 2, "do_sample": False}
+        for text in TEXTS:
+            pipe(text, **settings)
+            pipe([{"role": "user", "content": text}], **settings)
+        expected = [[i] for i in ids_of(clusterer, TEXTS).tolist() for _ in range(4)]
+        assert seen == expected
+
+    def test_an_answer_takes_no_part_in_training(self, model, clusterer, tmp_path):
+        attach_encoder(model)
+        rows = []
+        for text in TEXTS:
+            ids = word_tokenizer()(f"{text} w7 w8 w9 z z z")["input_ids"]
+            rows.append({"input_ids": ids, "labels": [-100] * 4 + ids[4:]})
+        seen = spy(model.train())
+        args = TrainingArguments(
+            str(tmp_path), per_device_train_batch_size=3, max_steps=1, report_to=[], use_cpu=True, save_strategy="no",
+            train_sampling_strategy="sequential",
+        )  # fmt: skip
+        Trainer(model, args, train_dataset=rows).train()
+        assert seen == [ids_of(clusterer, TEXTS).tolist()]
+
+    def test_packed_examples_are_found_one_by_one(self, model, clusterer):
+        attach_encoder(model)
+        seen = spy(model)
+        rows = [tokens_of([text])["input_ids"] for text in TEXTS]
+        packed = torch.nn.functional.pad(torch.cat(rows, dim=1), (0, 2))
+        positions = torch.tensor([[0, 1, 2, 3] * 3 + [0, 0]])
+        model(input_ids=packed, position_ids=positions)
+        assert seen == [ids_of(clusterer, TEXTS).tolist()]
+
+    def test_gradient_checkpointing_asks_once(self, model, clusterer):
+        attach_encoder(model)
+        seen = spy(model.train())
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+        model(**tokens_of(TEXTS), labels=tokens_of(TEXTS)["input_ids"]).loss.backward()
+        assert seen == [ids_of(clusterer, TEXTS).tolist()] * 2
+
+    def test_texts_are_encoded_once(self, model, encoder_folder, monkeypatch):
+        encoder = SentenceEncoder(encoder_folder)
+        attach_encoder(model, encoder, tokenizer=word_tokenizer())
+        encoded = []
+        original = encoder.encode
+        monkeypatch.setattr(
+            encoder, "encode", lambda texts, **kwargs: encoded.append(texts) or original(texts, **kwargs)
+        )
+        for _ in range(3):
+            model(**tokens_of(TEXTS))
+        assert [sorted(texts) for texts in encoded] == [sorted(TEXTS)]
+
+    def test_inference_mode_leaves_nothing_that_training_cannot_use(self, model):
+        attach_encoder(model)
+        with torch.inference_mode():
+            model(**tokens_of(TEXTS))
+        model.train()(**tokens_of(TEXTS), labels=tokens_of(TEXTS)["input_ids"]).loss.backward()
+
+    def test_a_copy_routes_by_itself(self, model, clusterer):
+        attach_encoder(model)
+        expected = model(**tokens_of(TEXTS)).logits
+        assert torch.equal(copy.deepcopy(model)(**tokens_of(TEXTS)).logits, expected)
+
+    def test_a_reference_adapter_made_from_the_configuration_has_the_centroids(self, model, clusterer):
+        model.add_adapter("ref", model.peft_config["default"])
+        for name, centroids in model.named_buffers():
+            if "mocle_centroids" in name:
+                assert torch.equal(centroids, clusterer.centroids), name
+        assert sum("mocle_centroids" in name for name, _ in model.named_buffers()) == 2
+
+
+class TestRefusals:
+    def test_an_adapter_without_centroids(self):
+        model = get_peft_model(tiny_llama(), MoCLEConfig(num_clusters=3))
+        with pytest.raises(ValueError, match="carries no centroids.*from_clusterer"):
+            attach_encoder(model)
+
+    def test_a_model_without_adapter(self):
+        with pytest.raises(ValueError, match="has no MoCLE adapter"):
+            attach_encoder(tiny_llama())
+
+    def test_an_adapter_that_is_not_there(self, model):
+        with pytest.raises(ValueError, match=r"no MoCLE adapter 'other' \(it has \['default'\]\)"):
+            attach_encoder(model, adapter_name="other")
+
+    def test_an_encoder_of_another_width(self, model, tmp_path):
+        sizes = {"hidden_size": 8, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+        transformers.BertModel(transformers.BertConfig(vocab_size=64, **sizes)).save_pretrained(tmp_path)
+        word_tokenizer().save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="vectors of width 8, but the centroids .* are 16 wide"):
+            attach_encoder(model, str(tmp_path))
+
+    def test_a_tokenizer_that_cannot_be_found(self, clusterer):
+        model = get_peft_model(tiny_llama(), config_of(clusterer))
+        with pytest.raises(ValueError, match="tokenizer of the base model could not be found.*tokenizer="):
+            attach_encoder(model)
+
+    def test_embeddings_in_place_of_tokens(self, model):
+        attach_encoder(model)
+        embeddings = model.get_input_embeddings()(tokens_of(TEXTS)["input_ids"])
+        with pytest.raises(ValueError, match="got no cluster_ids"):
+            model(inputs_embeds=embeddings)
+
+    def test_a_prompt_without_text(self, model):
+        attach_encoder(model)
+        with pytest.raises(ValueError, match="Row 1 has no"):
+            model(**tokens_of([TEXTS[0], "<eos>"]))
+
+    def test_centroids_that_were_changed(self, base_folder, adapter_folder, tmp_path):
+        tensors = safetensors.torch.load_file(f"{adapter_folder}/adapter_model.safetensors")
+        (name,) = [name for name in tensors if "centroids" in name]
+        tensors[name][0, 0] += 1e-3
+        safetensors.torch.save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+        config = json.loads(open(f"{adapter_folder}/adapter_config.json").read())
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match="centroids in the file .* are not those .*centroids_sha256"):
+            load_by_peft(base_folder, str(tmp_path))
+
+    def test_a_configuration_that_names_centroids_but_has_none(self, adapter_folder):
+        model = get_peft_model(tiny_llama(max_position_embeddings=128), MoCLEConfig.from_pretrained(adapter_folder))
+        with pytest.raises(ValueError, match="centroids.*from_clusterer"):
+            model.train()(**tokens_of(TEXTS), cluster_ids=torch.tensor([0, 1, 2]))
