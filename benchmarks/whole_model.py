@@ -1,6 +1,9 @@
-"""A whole language model with MoLE beside plain LoRA of the same rank on the same linears: step, decode, memory.
+"""A whole language model with MoLE or MoCLE beside plain LoRA on the same linears: step, decode, memory.
 
     python benchmarks/whole_model.py --name cpu_whole_model
+    python benchmarks/whole_model.py --method mocle --name cpu_whole_model_mocle
+
+LoRA has the rank of one expert of MoLE; for MoCLE the rank that is active for an example, expert and universal expert.
 
 Each contender runs in a process of its own for the memory figure, and interleaved with the others in one process for the
 times; medians of CPU time of one thread. Writes `benchmarks/results/<name>.json` and prints the table.
@@ -14,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +28,34 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import peft_moe
-from peft_moe import MoLEConfig
+from peft_moe import MoCLEConfig, MoLEConfig
 
 
 RESULTS = Path(__file__).parent / "results"
-CONTENDERS = ("lora", "mole_top1", "mole_top2", "mole_soft")
+LLAMA_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+EXPERTS = {"num_experts": 4, "r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "task_type": "CAUSAL_LM"}
+PLAIN = {"lora_dropout": 0.05, "task_type": "CAUSAL_LM"}
+METHODS: dict[str, dict[str, Callable[[], Any]]] = {
+    "mole": {
+        "lora": lambda: LoraConfig(r=8, lora_alpha=16, target_modules=LLAMA_LINEARS, **PLAIN),
+        "mole_top1": lambda: MoLEConfig(**EXPERTS, top_k=1),
+        "mole_top2": lambda: MoLEConfig(**EXPERTS, top_k=2, gate_scale="prob"),
+        "mole_soft": lambda: MoLEConfig(**EXPERTS, soft=True),
+    },
+    "mocle": {
+        "lora": lambda: LoraConfig(r=16, lora_alpha=32, target_modules=["up_proj", "down_proj"], **PLAIN),
+        "mocle": lambda: MoCLEConfig(**EXPERTS),
+        "mocle_released": lambda: MoCLEConfig.released_code(**EXPERTS),
+    },
+}
+CONTENDERS = sorted({name for contenders in METHODS.values() for name in contenders})
 TARGETS = {"step": 1.10, "decode": 1.15, "memory": 1.10}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--name", default="cpu_whole_model")
+    parser.add_argument("--method", choices=METHODS, default="mole")
     parser.add_argument(
         "--model", default=None, help="a model folder; default: random weights in SmolLM2-135M's shape"
     )
@@ -84,22 +105,18 @@ def build(contender: str, options: argparse.Namespace) -> Any:
                 tie_word_embeddings=True,
             )
         )
-    if contender == "lora":
-        targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-        config: Any = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules=targets, task_type="CAUSAL_LM")
-    else:
-        choice = {
-            "mole_top1": {"top_k": 1},
-            "mole_top2": {"top_k": 2, "gate_scale": "prob"},
-            "mole_soft": {"soft": True},
-        }[contender]
-        config = MoLEConfig(num_experts=4, r=8, lora_alpha=16, lora_dropout=0.05, task_type="CAUSAL_LM", **choice)
-    return get_peft_model(base, config)
+    return get_peft_model(base, METHODS[options.method][contender]())
 
 
 def batch(options: argparse.Namespace) -> dict[str, torch.Tensor]:
     tokens = torch.randint(0, 49152, (options.batch_size, options.num_tokens))
-    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
+    return {**inputs, **routing(options, options.batch_size)}
+
+
+def routing(options: argparse.Namespace, batch_size: int) -> dict[str, torch.Tensor]:
+    """What the routers need beside the tokens; plain LoRA ignores it."""
+    return {"cluster_ids": torch.arange(batch_size)} if options.method == "mocle" else {}
 
 
 def train_step(model: Any, inputs: dict[str, torch.Tensor]) -> None:
@@ -111,9 +128,8 @@ def train_step(model: Any, inputs: dict[str, torch.Tensor]) -> None:
 def step_times(options: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds of forward and backward, one value per round."""
     inputs = batch(options)
-    return interleave(
-        {name: build(name, options) for name in CONTENDERS}, lambda m: train_step(m, inputs), options.rounds
-    )
+    models = {name: build(name, options) for name in METHODS[options.method]}
+    return interleave(models, lambda m: train_step(m, inputs), options.rounds)
 
 
 def decode_times(options: argparse.Namespace, num_new_tokens: int = 16) -> dict[str, list[float]]:
@@ -128,9 +144,11 @@ def decode_times(options: argparse.Namespace, num_new_tokens: int = 16) -> dict[
             max_new_tokens=num_new_tokens,
             do_sample=False,
             pad_token_id=0,
+            **({} if isinstance(model.active_peft_config, LoraConfig) else routing(options, 1)),
         )
 
-    times = interleave({name: build(name, options) for name in CONTENDERS}, decode, options.rounds)
+    models = {name: build(name, options) for name in METHODS[options.method]}
+    times = interleave(models, decode, options.rounds)
     return {name: [seconds / num_new_tokens for seconds in found] for name, found in times.items()}
 
 
@@ -148,8 +166,9 @@ def interleave(models: dict[str, Any], run: Any, rounds: int) -> dict[str, list[
 def memories(options: argparse.Namespace) -> dict[str, list[float]]:
     """MiB that a training step needs beyond the loaded model, one process per contender."""
     found = {}
-    for name in CONTENDERS:
-        command = [sys.executable, __file__, "--memory_of", name, "--batch_size", str(options.batch_size)]
+    for name in METHODS[options.method]:
+        command = [sys.executable, __file__, "--memory_of", name, "--method", options.method]
+        command += ["--batch_size", str(options.batch_size)]
         command += ["--num_tokens", str(options.num_tokens)]
         command += ["--model", options.model] if options.model else []
         command += ["--layers", str(options.layers)] if options.layers else []
@@ -175,12 +194,11 @@ def cpu_name() -> str:
 
 def print_table(found: dict[str, dict[str, list[float]]]) -> None:
     units = {"step": "s", "decode": "s/token", "memory": "MiB"}
-    print(f"{'':<10}{'':<8}" + "".join(f"{name:>22}" for name in CONTENDERS) + f"{'target':>9}")
+    print(f"{'':<10}{'':<8}" + "".join(f"{name:>22}" for name in found["step"]) + f"{'target':>9}")
     for what, cells in found.items():
         lora = statistics.median(cells["lora"])
         row = "".join(
-            f"{statistics.median(cells[name]):>14.3f} ({statistics.median(cells[name]) / lora:.2f}x)"
-            for name in CONTENDERS
+            f"{statistics.median(cells[name]):>14.3f} ({statistics.median(cells[name]) / lora:.2f}x)" for name in cells
         )
         print(f"{what:<10}{units[what]:<8}{row}{TARGETS[what]:>8.2f}x")
 

@@ -16,15 +16,20 @@ pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).parent / "train_ddp.py"
 
 
-def run(folder, num_processes, *, coef=0.5, checkpointing="none", find_unused="default", accumulation=1):
+def launch(script, folder, num_processes, *arguments):
     folder.mkdir()
-    tests = str(SCRIPT.parent.parent)
+    tests = str(script.parent.parent)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([tests, *sys.path])}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(num_processes), "--master_port=0",
                "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"] if num_processes > 1 else [sys.executable]  # fmt: skip
-    arguments = [str(SCRIPT), str(folder), str(coef), checkpointing, find_unused, str(accumulation)]
     # judged by the files that the ranks write: gloo sometimes aborts after everything is done
-    result = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(
+        [*command, str(script), str(folder), *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     found = []
     for rank in range(num_processes):
         report = folder / f"rank{rank}.json"
@@ -32,6 +37,15 @@ def run(folder, num_processes, *, coef=0.5, checkpointing="none", find_unused="d
         found.append({**json.loads(report.read_text()), **torch.load(folder / f"rank{rank}.pt")})
         assert found[-1]["world_size"] == num_processes
     return found
+
+
+def run(folder, num_processes, *, coef=0.5, checkpointing="none", find_unused="default", accumulation=1):
+    return launch(SCRIPT, folder, num_processes, coef, checkpointing, find_unused, accumulation)
+
+
+def run_mocle(folder, num_processes, *, checkpointing, find_unused="default", scope="model", accumulation=1):
+    script = SCRIPT.parent / "train_mocle.py"
+    return launch(script, folder, num_processes, checkpointing, find_unused, scope, accumulation)
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "non_reentrant", "reentrant"])
@@ -54,3 +68,23 @@ def test_two_ranks_train_like_one_process(tmp_path, checkpointing):
 def test_reentrant_checkpointing_with_find_unused_parameters_is_refused(tmp_path):
     for report in run(tmp_path / "two", 2, checkpointing="reentrant", find_unused="yes"):
         assert "use_reentrant" in report["error"] and "ddp_find_unused_parameters=False" in report["error"]
+
+
+MOCLE_SETTINGS = {
+    "non-reentrant": {"checkpointing": "non_reentrant"},
+    "reentrant": {"checkpointing": "reentrant", "find_unused": "no", "scope": "layer"},
+}
+
+
+@pytest.mark.parametrize("settings", MOCLE_SETTINGS.values(), ids=MOCLE_SETTINGS)
+def test_two_ranks_train_mocle_like_one_process(tmp_path, settings):
+    first, second = run_mocle(tmp_path / "two", 2, accumulation=2, **settings)
+    (single,) = run_mocle(tmp_path / "one", 1, accumulation=4, **settings)
+    assert first["error"] is None and second["error"] is None and single["error"] is None
+    assert torch.equal(first["weights"], second["weights"])
+    torch.testing.assert_close(first["weights"], single["weights"], rtol=1e-5, atol=1e-6)
+
+
+def test_reentrant_checkpointing_of_shared_cluster_embeddings_is_refused(tmp_path):
+    for report in run_mocle(tmp_path / "two", 2, checkpointing="reentrant", find_unused="no"):
+        assert "use_reentrant" in report["error"] and "cluster_embedding_scope='layer'" in report["error"]

@@ -36,11 +36,16 @@ def check_checkpoint_format(found: int, *, method: str) -> None:
         )
 
 
-def refuse_reentrant_checkpointing_under_ddp(recorder: RoutingRecorder) -> None:
+def refuse_reentrant_checkpointing_under_ddp(recorder: RoutingRecorder, *, shares_parameters: bool = False) -> None:
     """Raise where DDP would fail in backward with a message about parameters that are ready twice.
 
     Reentrant checkpointing runs the first forward of a block without gradients inside a pass that has them. DDP's search
-    for unused parameters then counts the parameters of each block several times.
+    for unused parameters then counts the parameters of each block several times; and each block has a backward of its
+    own, which makes a parameter that several blocks share ready several times.
+
+    Args:
+        recorder (`RoutingRecorder`): knows the running pass.
+        shares_parameters (`bool`): whether several blocks use the same parameter of the adapter.
 
     Raises:
         RuntimeError: with what to set instead.
@@ -51,12 +56,18 @@ def refuse_reentrant_checkpointing_under_ddp(recorder: RoutingRecorder) -> None:
     if not (dist.is_available() and dist.is_initialized()):
         return
     ddp = nn.parallel.DistributedDataParallel._get_active_ddp_module()
-    if ddp is not None and ddp.find_unused_parameters:
-        raise RuntimeError(
-            "Reentrant gradient checkpointing does not work under DistributedDataParallel with "
-            "find_unused_parameters=True (what Trainer sets for a PeftModel): backward would fail. Use "
-            'gradient_checkpointing_kwargs={"use_reentrant": False}, or ddp_find_unused_parameters=False.'
-        )
+    if ddp is None or not (ddp.find_unused_parameters or shares_parameters):
+        return
+    if shares_parameters:
+        why = "where layers share a table of cluster embeddings"
+        instead = "cluster_embedding_scope='layer' together with ddp_find_unused_parameters=False"
+    else:
+        why = "with find_unused_parameters=True (what Trainer sets for a PeftModel)"
+        instead = "ddp_find_unused_parameters=False"
+    raise RuntimeError(
+        f"Reentrant gradient checkpointing does not work under DistributedDataParallel {why}: backward would fail. Use "
+        f'gradient_checkpointing_kwargs={{"use_reentrant": False}}, or {instead}.'
+    )
 
 
 def write_card_section(save_directory: str, *, method: str) -> None:

@@ -94,7 +94,8 @@ class MoCLELayer(LoraExpertsLayer):
         """Ask the gate, or take over what it decided for another linear of the same layer."""
         self.refuse_replica()
         if self.training and not torch.compiler.is_compiling():
-            refuse_reentrant_checkpointing_under_ddp(self.recorder)
+            is_shared = self.scopes[adapter_name].lookup.config.cluster_embedding_scope == "model"
+            refuse_reentrant_checkpointing_under_ddp(self.recorder, shares_parameters=is_shared)
         routed = self.scopes[adapter_name].route(self.name, x.shape[:-1], self.recorder, x.device)
         return hidden_states, routed
 

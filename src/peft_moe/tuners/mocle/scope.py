@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from ...kernels import DispatchPlan
 from ...recording import RoutingRecorder
@@ -33,6 +34,12 @@ class Decision:
         if key not in self._routed:
             self._routed[key] = self._by_token(key[0]) if segments is not None else self._by_example(*key)
         return self._routed[key]
+
+    def about(self, clusters: BatchClusters) -> Decision:
+        """The same decision for another pass over the same examples."""
+        same = Decision(self.output, clusters, self.num_stacked)
+        same._routed = self._routed
+        return same
 
     def _by_example(self, num_examples: int, tokens_per_example: int) -> Routed:
         index, weights = self.output.top_k_index, self.output.top_k_weights
@@ -80,11 +87,11 @@ class GateScope:
     def _forget(self) -> None:
         self._decision: Decision | None = None
         self._waiting: set[str] = set()
-        self._kept_for: tuple[Any, ...] | None = None
+        self._kept_with: list[tuple[nn.Module, str, torch.Tensor, int]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A decision belongs to a running forward; copies start without one."""
-        return {**self.__dict__, "_decision": None, "_waiting": set(), "_kept_for": None}
+        return {**self.__dict__, "_decision": None, "_waiting": set(), "_kept_with": None}
 
     @property
     def adapter_name(self) -> str:
@@ -103,27 +110,56 @@ class GateScope:
         clusters = self.lookup.of_running_pass(recorder)
         decision = self._decision
         if decision is None or decision.clusters is not clusters or member not in self._waiting:
-            decision = self._decide(clusters, recorder, device)
+            decision = self._keep(clusters) or self._decide(clusters, device)
             self._waiting = set(self.members)
+            self._record(decision, recorder)
         self._waiting.discard(member)
         routed = decision.routed(shape, member)
-        if not self._waiting and self._kept_for is None:
+        if not self._waiting and self._kept_with is None:
             self._decision = None
         return routed
 
-    def _decide(self, clusters: BatchClusters, recorder: RoutingRecorder, device: torch.device) -> Decision:
-        state = self._state(clusters)
-        if state is not None and state == self._kept_for and self._decision is not None:
-            decision = Decision(self._decision.output, clusters, self.gate.num_stacked)
-            decision._routed = self._decision._routed
-        else:
-            decision = Decision(self.decide(clusters, device), clusters, self.gate.num_stacked)
-        self._decision, self._kept_for = decision, state
+    def _keep(self, clusters: BatchClusters) -> Decision | None:
+        """The last decision, if it was about the same ids and made by weights that are still the same."""
+        kept, decision = self._kept_with, self._decision
+        if kept is None or decision is None or not self._may_keep():
+            return None
+        if decision.clusters is not clusters:
+            if decision.clusters.ids is not clusters.ids or decision.clusters.segments is not clusters.segments:
+                return None
+            decision = self._decision = decision.about(clusters)
+        for module, name, tensor, version in kept:
+            if module._parameters[name] is not tensor or tensor._version != version:
+                return None
+        return decision
+
+    def _may_keep(self) -> bool:
+        return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or self.gate.training)
+
+    def _decide(self, clusters: BatchClusters, device: torch.device) -> Decision:
+        self._decision = Decision(self.decide(clusters, device), clusters, self.gate.num_stacked)
+        self._kept_with = None
+        if self._may_keep():
+            assert self.embedding_owner is not None
+            modules = (self.gate, self.embedding_owner.mocle_embedding[self.adapter_name])
+            tensors = [
+                (module, name, p) for module in modules for name, p in module._parameters.items() if p is not None
+            ]
+            if not any(tensor.is_inference() for *_, tensor in tensors):
+                self._kept_with = [(module, name, tensor, tensor._version) for module, name, tensor in tensors]
+        return self._decision
+
+    def _record(self, decision: Decision, recorder: RoutingRecorder) -> None:
         if recorder.needs_record(is_training=False):
             output = decision.output
-            shape = torch.Size((output.router_logits.shape[0],))
-            recorder.record(self.adapter_name, self.name, output, shape=shape, is_training=False, is_per_example=True)
-        return decision
+            recorder.record(
+                self.adapter_name,
+                self.name,
+                output,
+                shape=output.router_logits.shape[:1],
+                is_training=False,
+                is_per_example=True,
+            )
 
     def decide(self, clusters: BatchClusters, device: torch.device) -> RouterOutput:
         """Ask the gate about N examples; the answer is on `device`."""
@@ -134,32 +170,6 @@ class GateScope:
         embedding = self.embedding_owner.mocle_embedding[self.adapter_name]
         embedded = embedding(clusters.ids_on(_device_of(embedding.weight, clusters.ids)))
         return _moved(gate(embedded.to(_device_of(gate.weight, embedded))), device)
-
-    def _state(self, clusters: BatchClusters) -> tuple[Any, ...] | None:
-        """What a decision without gradient depends on; `None` where it must not be kept."""
-        if torch.is_grad_enabled() or self.gate.training or torch.compiler.is_compiling():
-            return None
-        assert self.gate_owner is not None and self.embedding_owner is not None
-        tensors = [
-            *self.gate.parameters(),
-            *self.embedding_owner.mocle_embedding[self.adapter_name].parameters(),
-        ]
-        if any(tensor.is_inference() for tensor in tensors):
-            return None
-        # the object and not its number: a new tensor may get the address of an old one
-        return (_Same(clusters.ids), _Same(clusters.segments), *((_Same(t), t._version) for t in tensors))
-
-
-class _Same:
-    """Equal only to the same object, which it keeps alive."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.value is other.value
-
-    __hash__ = None  # type: ignore[assignment]
 
 
 def _device_of(weight: torch.Tensor, otherwise: torch.Tensor) -> torch.device:
