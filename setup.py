@@ -40,6 +40,7 @@ EXTRAS["test"] = [
     "pytest>=8.2",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
+    "xllamacpp>=2026.10; platform_system == 'Linux' and platform_machine == 'x86_64'",
 ]
 EXTRAS["quality"] = ["mypy>=1.15", "pre-commit>=4.0", "ruff>=0.14"]
 EXTRAS["docs"] = ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"]

@@ -27,7 +27,7 @@ def load_domains(
 
     Returns:
         The training set and `{domain: evaluation set}`, both with `input_ids`, `attention_mask` and `labels` (-100 on
-        the prompt), and with `domain`, `prompt` and `answer` as text, which a Trainer drops by itself.
+        the prompt), and with `domain`, `instruction`, `prompt` and `answer` as text, which a Trainer drops by itself.
 
     Raises:
         ValueError: If a domain is unknown or has fewer rows than asked for.
@@ -81,7 +81,7 @@ def _tokenize(
             "prompt": prompt,
         }
 
-    encoded = rows.map(encode, remove_columns=["instruction"], load_from_cache_file=False)
+    encoded = rows.map(encode, load_from_cache_file=False)
     fitting = encoded.filter(lambda row: len(row["input_ids"]) <= max_length, load_from_cache_file=False)
     if len(fitting) < num_rows:
         raise ValueError(

@@ -29,9 +29,8 @@ from peft_moe.monitoring import ExpertLoad, plot_expert_load
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-from evaluation import evaluate_answers  # noqa: E402
-
 from domains import CLOSED_DOMAINS, DOMAINS, collator, load_domains  # noqa: E402
+from evaluation import evaluate_answers  # noqa: E402
 from pretrained import smollm2_path  # noqa: E402
 
 

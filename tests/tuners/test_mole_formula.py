@@ -9,8 +9,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from peft_moe import MoLEConfig
-from peft_moe.tuners.mole import MoLELayer
 from peft_moe.tuners import experts_layer
+from peft_moe.tuners.mole import MoLELayer
 from tiny_models import tiny_llama, token_batch
 
 

@@ -1,12 +1,15 @@
 """The PEFT tuners of this package, registered with PEFT on import."""
 
 from .mocle import (
+    ClusterAdapterRouter,
     ClusterIdsCollator,
     InstructionClusterer,
     MoCLEConfig,
     MoCLEModel,
     attach_encoder,
     choose_num_clusters,
+    export_all,
+    export_cluster_lora,
 )
 from .mole import MoLEConfig, MoLEModel
 from .registration import register_tuner
@@ -16,6 +19,7 @@ register_tuner("mole", config_cls=MoLEConfig, model_cls=MoLEModel)
 register_tuner("mocle", config_cls=MoCLEConfig, model_cls=MoCLEModel)
 
 __all__ = [
+    "ClusterAdapterRouter",
     "ClusterIdsCollator",
     "InstructionClusterer",
     "MoCLEConfig",
@@ -24,4 +28,6 @@ __all__ = [
     "MoLEModel",
     "attach_encoder",
     "choose_num_clusters",
+    "export_all",
+    "export_cluster_lora",
 ]

@@ -4,11 +4,13 @@ from .attach import attach_encoder
 from .clustering import InstructionClusterer, choose_num_clusters
 from .collator import ClusterIdsCollator
 from .config import MoCLEConfig
+from .export import ClusterAdapterRouter, export_all, export_cluster_lora
 from .layer import MoCLELayer
 from .model import MoCLEModel
 
 
 __all__ = [
+    "ClusterAdapterRouter",
     "ClusterIdsCollator",
     "InstructionClusterer",
     "MoCLEConfig",
@@ -16,4 +18,6 @@ __all__ = [
     "MoCLEModel",
     "attach_encoder",
     "choose_num_clusters",
+    "export_all",
+    "export_cluster_lora",
 ]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.utils import HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from .clustering import InstructionClusterer
 from .config import MoCLEConfig, checksum
@@ -153,7 +153,6 @@ def write_table(
 
 def _table_file(name: str, options: dict[str, Any]) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     folder = Path(name).expanduser()
     if folder.is_dir():
