@@ -1,10 +1,13 @@
-"""Mixtures of experts for Hugging Face: importing this package registers its tuners with PEFT."""
+"""Mixtures of experts for Hugging Face: importing this package registers its tuners and its model."""
 
 from ._version import __version__
 from .aux_loss import get_aux_loss, set_aux_loss_scale
+from .models import MoeLlavaConfig, MoeLlavaForConditionalGeneration, MoeLlavaModel
+from .models.moe_llava import register as _register_models
 from .monitoring import ExpertLoadCallback, record_expert_load
 from .optimization import router_parameter_groups
 from .tuners import (
+    ClusterAdapterRouter,
     ClusterIdsCollator,
     InstructionClusterer,
     MoCLEConfig,
@@ -13,10 +16,15 @@ from .tuners import (
     MoLEModel,
     attach_encoder,
     choose_num_clusters,
+    export_all,
+    export_cluster_lora,
 )
 
 
+_register_models()
+
 __all__ = [
+    "ClusterAdapterRouter",
     "ClusterIdsCollator",
     "ExpertLoadCallback",
     "InstructionClusterer",
@@ -24,9 +32,14 @@ __all__ = [
     "MoCLEModel",
     "MoLEConfig",
     "MoLEModel",
+    "MoeLlavaConfig",
+    "MoeLlavaForConditionalGeneration",
+    "MoeLlavaModel",
     "__version__",
     "attach_encoder",
     "choose_num_clusters",
+    "export_all",
+    "export_cluster_lora",
     "get_aux_loss",
     "record_expert_load",
     "router_parameter_groups",

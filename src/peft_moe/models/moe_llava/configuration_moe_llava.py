@@ -1,0 +1,257 @@
+"""`MoeLlavaConfig`: a LLaVA configuration, and what is sparse about the model."""
+
+from typing import Any
+
+from transformers import LlavaConfig
+
+
+PLACEMENTS = ("interval", "all", "first_half", "second_half")
+CHOICES = {
+    "router_drop": (None, "position", "probability"),
+    "router_second_expert": ("top", "gumbel"),
+    "router_aux_loss_type": ("switch", "pooled", "moe_llava"),
+}
+# trainers of others (trl) look for these on the configuration of the text model, and change them there
+ON_TEXT_CONFIG = ("num_experts", "num_experts_per_tok", "router_aux_loss_coef", "output_router_logits")
+FLAGS = ("norm_topk_prob", "use_residual", "output_router_logits", "lm_head_bias")
+
+
+class MoeLlavaConfig(LlavaConfig):
+    """Configuration of a [`MoeLlavaForConditionalGeneration`]: LLaVA with mixtures of experts in its language model.
+
+    After MoE-LLaVA (https://huggingface.co/papers/2401.15947). The fields of [`~transformers.LlavaConfig`] keep their
+    meaning; `text_config` stays that of a dense backbone (Llama, Mistral, Qwen, Phi, StableLM, Gemma, ...).
+
+    Args:
+        moe_layers (`str` or `list[int]`):
+            Decoder layers whose MLP becomes a mixture: `"interval"` (0, 2, 4, ...; paper), `"all"`, `"first_half"`,
+            `"second_half"`, or their indices.
+        num_experts (`int` or `list[int]`):
+            Experts per mixture (E), or one number for each mixture, first layer first. Paper: 4.
+        num_experts_per_tok (`int`):
+            Experts that a token visits (K). Paper: 2.
+        norm_topk_prob (`bool`):
+            Divide the probabilities of the chosen experts by their sum, so that copies of one MLP together equal that
+            MLP (released code). With `num_experts_per_tok=1` the weight is then exactly 1 and carries the gradient of
+            `log p` (straight-through). `False` weights by the probability itself (paper, eq. 6; for one expert per
+            token also the released code), which changes the model on the day it is upcycled.
+        use_residual (`bool`):
+            Keep the dense MLP beside the experts and mix both with a learned softmax per token (DeepSpeed's residual
+            MoE).
+        router_drop (`"position"`, `"probability"` or `None`):
+            Whether experts have a limited capacity, and which tokens an overfull expert drops: the last ones of the
+            batch (released code) or the least probable ones (paper: batch priority routing). By default nothing is
+            dropped. A dropped choice has weight 0, and what a token gets depends on the rest of the batch; nothing is saved
+            by it, this is for parity with the original.
+        router_capacity_factor (`float`), router_eval_capacity_factor (`float`):
+            An expert accepts `ceil(K · factor · tokens / E)` choices, in training and in evaluation. Without effect
+            unless `router_drop` is set. Released scripts: 1.5 and 2.0, where the latter drops nothing if K = 2, E = 4.
+        router_min_capacity (`int`):
+            It accepts at least this many.
+        router_second_expert (`"top"` or `"gumbel"`):
+            Where K = 2, take the second best expert, or in training sample it by adding Gumbel noise to the logits. The
+            released code samples in evaluation too; here evaluation is always deterministic.
+        router_jitter_noise (`float`):
+            In training, multiply the router's input by a uniform draw from 1 ± this.
+        router_aux_loss_coef (`float`):
+            Weight of the load-balancing loss, which is part of the loss in training, and in evaluation where
+            `output_router_logits` is set. 0 turns it off.
+        router_aux_loss_type (`"switch"`, `"pooled"` or `"moe_llava"`):
+            Its form, see `load_balancing_loss`. With `"moe_llava"` (released code) it is a sum over layers, so that the
+            same coefficient weighs more than with the others.
+        router_z_loss_coef (`float`):
+            Weight of the router z-loss. 0 turns it off.
+        output_router_logits (`bool`):
+            Return the logits of every router. This field and `router_aux_loss_coef` are set on `text_config` too, where
+            trl's trainers read and change them; the values there count.
+        lm_head_bias (`bool`):
+            Whether the language-model head has a bias (original checkpoints on Phi).
+
+    Example:
+
+    ```py
+    >>> from transformers import CLIPVisionConfig, Qwen2Config
+    >>> from peft_moe.models import MoeLlavaConfig
+
+    >>> config = MoeLlavaConfig(vision_config=CLIPVisionConfig(), text_config=Qwen2Config(), num_experts=4)
+    >>> config.moe_layer_indices[:3]
+    [0, 2, 4]
+    ```
+
+    Raises:
+        ValueError: one or more fields do not make sense; all of them are named.
+    """
+
+    model_type = "moe_llava"
+    keys_to_ignore_at_inference = ["past_key_values", "aux_loss", "z_loss", "router_logits"]
+
+    moe_layers: str | list[int] = "interval"
+    num_experts: int | list[int] = 4
+    num_experts_per_tok: int = 2
+    norm_topk_prob: bool = True
+    use_residual: bool = False
+    router_drop: str | None = None
+    router_capacity_factor: float = 1.5
+    router_eval_capacity_factor: float = 2.0
+    router_min_capacity: int = 0
+    router_second_expert: str = "top"
+    router_jitter_noise: float = 0.0
+    router_aux_loss_coef: float = 0.01
+    router_aux_loss_type: str = "switch"
+    router_z_loss_coef: float = 0.0
+    output_router_logits: bool = False
+    lm_head_bias: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        for name in ON_TEXT_CONFIG:
+            setattr(self.text_config, name, getattr(self, name))
+        self.check_moe_fields()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        text_config = self.__dict__.get("text_config")
+        if name in ON_TEXT_CONFIG and hasattr(text_config, "to_dict"):
+            setattr(text_config, name, value)
+
+    @property
+    def _experts_implementation(self) -> str | None:
+        return self._experts_implementation_internal
+
+    @_experts_implementation.setter
+    def _experts_implementation(self, value: str | dict | None) -> None:
+        # the inherited setter hands a plain value to the vision tower too, which has no experts and refuses it
+        if not isinstance(value, dict):
+            value = {"": value, "text_config": value}
+        LlavaConfig._experts_implementation.fset(self, value)
+
+    @property
+    def moe_layer_indices(self) -> list[int]:
+        """Indices of the decoder layers that are mixtures, in ascending order."""
+        num_layers = self.text_config.num_hidden_layers
+        if not isinstance(self.moe_layers, str):
+            return sorted(self.moe_layers)
+        placements = {
+            "interval": range(0, num_layers, 2),
+            "all": range(num_layers),
+            "first_half": range(num_layers // 2),
+            "second_half": range(num_layers // 2, num_layers),
+        }
+        return list(placements[self.moe_layers])
+
+    @property
+    def num_experts_by_layer(self) -> dict[int, int]:
+        """Index of a decoder layer → number of its experts, for every mixture."""
+        layers = self.moe_layer_indices
+        counts = self.num_experts if isinstance(self.num_experts, list | tuple) else [self.num_experts] * len(layers)
+        return dict(zip(layers, counts, strict=True))
+
+    @classmethod
+    def released_code(cls, **overrides: Any) -> "MoeLlavaConfig":
+        """The routing of the released training scripts: sampled second expert, capacity 1.5 by position, summed loss."""
+        settings = {
+            "router_drop": "position",
+            "router_second_expert": "gumbel",
+            "router_aux_loss_type": "moe_llava",
+            "router_aux_loss_coef": 0.01,
+        }
+        return cls(**{**settings, **overrides})
+
+    def check_moe_fields(self) -> None:
+        """Raise one `ValueError` that names everything wrong with the fields that this class adds."""
+        problems = self._placement_problems() + self._count_problems() + self._router_problems()
+        if problems:
+            raise ValueError("MoeLlavaConfig cannot be used:\n" + "\n".join(f"- {problem}" for problem in problems))
+
+    def _placement_problems(self) -> list[str]:
+        num_layers = self.text_config.num_hidden_layers
+        if isinstance(self.moe_layers, str):
+            if self.moe_layers in PLACEMENTS:
+                return [] if self.moe_layer_indices else [f"moe_layers={self.moe_layers!r} selects no layer."]
+            allowed = ", ".join(map(repr, PLACEMENTS))
+            return [f"moe_layers must be one of {allowed}, or a list of layer indices, but is {self.moe_layers!r}."]
+        if not isinstance(self.moe_layers, list | tuple) or not all(_is_int(layer) for layer in self.moe_layers):
+            return [f"moe_layers must be a placement or a list of layer indices, but is {self.moe_layers!r}."]
+        problems = []
+        if not self.moe_layers:
+            problems.append("moe_layers is empty, so that no layer would be a mixture. Name at least one layer.")
+        outside = [layer for layer in self.moe_layers if not 0 <= layer < num_layers]
+        if outside:
+            problems.append(f"moe_layers names {outside}, but the text model has layers 0 to {num_layers - 1}.")
+        if len(set(self.moe_layers)) < len(self.moe_layers):
+            problems.append(f"moe_layers names a layer twice: {list(self.moe_layers)}.")
+        return problems
+
+    def _count_problems(self) -> list[str]:
+        problems = []
+        per_layer = isinstance(self.num_experts, list | tuple)
+        counts = list(self.num_experts) if per_layer else [self.num_experts]
+        if not all(_is_int(count) and count >= 1 for count in counts):
+            problems.append(
+                f"num_experts must be a whole number of at least 1, or a list, but is {self.num_experts!r}."
+            )
+            counts = []
+        elif per_layer and not self._placement_problems() and len(counts) != len(self.moe_layer_indices):
+            problems.append(
+                f"num_experts lists {len(counts)} numbers, but {len(self.moe_layer_indices)} layers are mixtures "
+                f"({self.moe_layer_indices}). Give one number for each of them, or one for all."
+            )
+        top_k = self.num_experts_per_tok
+        if not _is_int(top_k) or top_k < 1:
+            problems.append(f"num_experts_per_tok must be a whole number of at least 1, but is {top_k!r}.")
+        elif counts and top_k > min(counts):
+            problems.append(
+                f"num_experts_per_tok is {top_k}, but a layer has only {min(counts)} experts. Lower num_experts_per_tok, "
+                "or add experts."
+            )
+        if self.router_second_expert == "gumbel" and top_k != 2:
+            problems.append(
+                f"router_second_expert='gumbel' samples the second of two experts, but num_experts_per_tok is {top_k!r}. "
+                "Use 2, or router_second_expert='top'."
+            )
+        if self.router_aux_loss_type == "pooled" and len(set(counts)) > 1:
+            problems.append(
+                "router_aux_loss_type='pooled' needs the same number of experts in every layer, but num_experts is "
+                f"{self.num_experts}. Use 'switch', which treats each router by itself."
+            )
+        return problems
+
+    def _router_problems(self) -> list[str]:
+        problems = [
+            f"{name} must be one of {', '.join(map(repr, allowed))}, but is {getattr(self, name)!r}."
+            for name, allowed in CHOICES.items()
+            if getattr(self, name) not in allowed
+        ]
+        problems += [
+            f"{name} must be True or False, but is {getattr(self, name)!r}."
+            for name in FLAGS
+            if not isinstance(getattr(self, name), bool)
+        ]
+        problems += [
+            f"{name} must be a number and not negative, but is {getattr(self, name)!r}."
+            for name in ("router_aux_loss_coef", "router_z_loss_coef")
+            if not _is_number(getattr(self, name)) or not 0 <= getattr(self, name) < float("inf")
+        ]
+        problems += [
+            f"{name} must be a positive number, but is {getattr(self, name)!r}."
+            for name in ("router_capacity_factor", "router_eval_capacity_factor")
+            if not _is_number(getattr(self, name)) or not 0 < getattr(self, name) < float("inf")
+        ]
+        if not _is_int(self.router_min_capacity) or self.router_min_capacity < 0:
+            problems.append(
+                f"router_min_capacity must be a whole number of at least 0, but is {self.router_min_capacity!r}."
+            )
+        if not _is_number(self.router_jitter_noise) or not 0 <= self.router_jitter_noise < 1:
+            problems.append(f"router_jitter_noise must be in [0, 1), but is {self.router_jitter_noise!r}.")
+        return problems
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+__all__ = ["MoeLlavaConfig"]
