@@ -17,7 +17,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_EVALUATE_OFFLINE=1 HF_HUB_D
 PYTEST := $(OFFLINE) OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest tests
 
 .DEFAULT_GOAL := help
-.PHONY: help install assets demo test test-fast test-slow test-gpu test-floor bench quality style build clean
+.PHONY: help install assets test-assets demo test test-fast test-slow test-gpu test-floor bench quality style build clean
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -44,19 +44,22 @@ $(QUALITY_INSTALLED): $(INSTALLED)
 assets: $(INSTALLED)  ## fetch the pretrained model of the demo into a cache outside the checkout
 	@$(BIN)/python examples/pretrained.py
 
+test-assets: assets
+	@$(BIN)/python examples/pretrained.py minilm
+
 demo: assets  ## fine-tune a pretrained language model with MoLE, reload it, plot its experts
 	@$(OFFLINE) $(BIN)/python examples/mole/demo.py
 
-test: assets  ## every test that needs no GPU
+test: test-assets  ## every test that needs no GPU
 	@$(PYTEST) -m "not gpu" -n $(WORKERS) $(PYTEST_ARGS)
 
 test-fast: $(INSTALLED)  ## the tests that take no more than a few seconds each
 	@$(PYTEST) -m "not gpu and not slow" -n $(WORKERS) $(PYTEST_ARGS)
 
-test-slow: assets  ## only the slow tests
+test-slow: test-assets  ## only the slow tests
 	@$(PYTEST) -m "slow and not gpu" -n $(WORKERS) $(PYTEST_ARGS)
 
-test-gpu: assets  ## the tests that need a CUDA device
+test-gpu: test-assets  ## the tests that need a CUDA device
 	@$(PYTEST) -m gpu $(PYTEST_ARGS)
 
 test-floor:  ## the fast tests on the oldest supported versions, in .venv-floor/
