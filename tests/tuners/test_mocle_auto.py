@@ -299,3 +299,47 @@ class TestRefusals:
         model = get_peft_model(tiny_llama(max_position_embeddings=128), MoCLEConfig.from_pretrained(adapter_folder))
         with pytest.raises(ValueError, match="centroids.*from_clusterer"):
             model.train()(**tokens_of(TEXTS), cluster_ids=torch.tensor([0, 1, 2]))
+
+
+IMAGE_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] | upper + ' : ' }}"
+    "{% for part in message['content'] if part['type'] == 'image' %}<image> {% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] + ' ' }}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT : {% endif %}"
+)
+
+
+class TestImages:
+    @pytest.fixture
+    def processor(self):
+        from models.tiny_llava import tiny_processor
+
+        processor = tiny_processor()
+        processor.tokenizer.add_tokens([":", "USER", "ASSISTANT"])
+        processor.chat_template = processor.tokenizer.chat_template = IMAGE_TEMPLATE
+        return processor
+
+    @pytest.fixture
+    def model(self, clusterer):
+        from models.tiny_llava import tiny_llava
+
+        base = tiny_llava(vocab_size=80, max_position_embeddings=256)
+        torch.manual_seed(7)
+        return get_peft_model(base, config_of(clusterer, task_type=None)).eval()
+
+    @pytest.mark.parametrize("processor_is_known", [True, False], ids=["processor", "tokenizer"])
+    def test_the_image_pipeline_routes_by_the_question_alone(self, model, processor, clusterer, processor_is_known):
+        import numpy as np
+        from PIL import Image
+
+        attach_encoder(model, tokenizer=processor if processor_is_known else processor.tokenizer)
+        seen = spy(model)
+        pipe = pipeline("image-text-to-text", model=model, processor=processor)
+        generator = np.random.default_rng(0)
+        for text, cluster in zip(TEXTS, ids_of(clusterer, TEXTS).tolist()):
+            for _ in range(2):
+                image = Image.fromarray(generator.integers(0, 255, (16, 16, 3), dtype=np.uint8))
+                content = [{"type": "image", "image": image}, {"type": "text", "text": text}]
+                seen.clear()
+                pipe(text=[{"role": "user", "content": content}], max_new_tokens=2, do_sample=False)
+                assert seen and all(ids == [cluster] for ids in seen)
