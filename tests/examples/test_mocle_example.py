@@ -13,21 +13,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_moe import attach_encoder
-from pretrained import minilm_path, smollm2_path
-from tiny_models import tiny_llama
+from pretrained import minilm_path
 
 
 pytestmark = pytest.mark.slow
 MOCLE = Path(__file__).resolve().parents[2] / "examples" / "mocle"
-
-
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny") / "model"
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_path())
-    tokenizer.save_pretrained(folder)
-    tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=512).save_pretrained(folder)
-    return folder
 
 
 def run(script: str, model: Path, output: Path, *extra: str) -> str:

@@ -10,23 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
-
-from pretrained import smollm2_path
-from tiny_models import tiny_llama
 
 
 pytestmark = pytest.mark.slow
 MOLE = Path(__file__).resolve().parents[2] / "examples" / "mole"
-
-
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny") / "model"
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_path())
-    tokenizer.save_pretrained(folder)
-    tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=512).save_pretrained(folder)
-    return folder
 
 
 def demo_command(model: Path, output: Path, *extra: str) -> list[str]:
