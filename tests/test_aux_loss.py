@@ -479,3 +479,22 @@ def test_copies_of_a_model_record_for_themselves():
 def test_model_without_routers_is_named_in_the_error():
     with pytest.raises(ValueError, match="LlamaForCausalLM has no router of peft_moe"):
         get_aux_loss(tiny_llama())
+
+
+def test_an_interrupted_forward_leaves_no_pass_open():
+    model = build().train()
+    batch = token_batch()
+    model(**batch).loss.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    layer = model.get_base_model().model.layers[2].mlp.down_proj
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    hook = layer.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(**batch)
+    hook.remove()
+    model(**batch).loss.backward()
+    assert_same(gradients(model), expected)

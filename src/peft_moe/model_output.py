@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_leaves
 def differentiable_outputs(output: Any) -> list[tuple[str, torch.Tensor]]:
     """Name and tensor of everything in a model's output that a loss can be built from.
 
-    The output is a `ModelOutput` or dict, a tuple whose first entry, if a scalar, is the loss, or a tensor.
+    The output is a `ModelOutput` or dict, a tuple whose first entry, if a scalar, is the loss, or a tensor. A leaf that is
+    handed through, such as a soft prompt, is no output of the model.
     """
     if isinstance(output, dict):
         fields = list(output.items())
@@ -26,7 +27,7 @@ def differentiable_outputs(output: Any) -> list[tuple[str, torch.Tensor]]:
         for name, value in fields
         if name != "past_key_values"
         for leaf in tree_leaves(value)
-        if isinstance(leaf, torch.Tensor) and leaf.requires_grad
+        if isinstance(leaf, torch.Tensor) and leaf.requires_grad and not leaf.is_leaf
     ]
     if found and found[0][0] in ("", "0") and found[0][1].dim() == 0:
         found[0] = ("loss", found[0][1])

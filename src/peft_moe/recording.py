@@ -8,6 +8,7 @@ and records nothing, so counts are exact; it only looks up the pass that it belo
 from __future__ import annotations
 
 import inspect
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,8 +33,10 @@ _INPUT_NAMES = (
     "shift_labels",
     "num_items_in_batch",
     "position_ids",
-    "past_key_values",
 )
+
+CACHE_NOTES = "_peft_moe_notes"
+"""attribute of a key-value cache: what tuners want to know again when a later pass continues it"""
 
 
 class AuxLossState:
@@ -69,7 +72,9 @@ class ForwardPass:
     Holds no tensor with a graph, so that the graph may hold it. Dictionaries go adapter name → router name → value.
 
     Args:
-        inputs (`dict[str, Any]`): arguments of the call, by name.
+        inputs (`dict[str, Any]`):
+            Arguments of the call, by name; `batch_shape`, examples and tokens of the call; and of a key-value cache
+            `num_cached_tokens` and `cache_notes` as they were when the pass began.
         has_gradient (`bool`): whether gradients were enabled when it began.
     """
 
@@ -145,6 +150,8 @@ class RoutingRecorder:
         self.latest: ForwardPass | None = None
         self.in_backward: ForwardPass | None = None
         self.surrounding: ForwardPass | None = None
+        self.opened_at = 0
+        self.thread: int | None = None
         self.num_nested = 0
         self.live: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = {}
         """logits with their graph, counted choices and token mask of each router of the latest pass; dropped when
@@ -158,23 +165,51 @@ class RoutingRecorder:
         self.__dict__.update(state)
         self._start_process()
 
-    def begin(self, inputs: dict[str, Any]) -> None:
-        """Open a pass. A call within it (the backbone of a language model) belongs to it and opens none."""
-        if self.current is not None:
+    def begin(self, inputs: dict[str, Any], *, depth: int = 0) -> None:
+        """Open a pass. A call within it (the backbone of a language model) belongs to it and opens none.
+
+        Args:
+            inputs (`dict[str, Any]`): see [`ForwardPass`].
+            depth (`int`): how deep the called module lies: 0 is the base model, 1 its backbone.
+
+        Raises:
+            RuntimeError: another thread is using the model.
+        """
+        self._enter_thread()
+        if self.current is not None and depth > self.opened_at:
             self.num_nested += 1
             return
+        # a pass that is still open here was interrupted (KeyboardInterrupt): torch then calls no hook
+        self.num_nested = 0
         if self.surrounding is not None:
             inputs = {**self.surrounding.inputs, **inputs}
         self.current = ForwardPass(inputs, has_gradient=torch.is_grad_enabled())
         self.current.surrounding = self.surrounding
+        self.opened_at = depth
         self.in_backward = None
         self.live = {}
+
+    def _enter_thread(self) -> None:
+        """Refuse a second thread while the first one is inside the model: they would get each other's routing."""
+        if torch.compiler.is_compiling():
+            return
+        mine = threading.get_ident()
+        is_busy = self.current is not None or self.surrounding is not None
+        if is_busy and self.thread != mine and any(other.ident == self.thread for other in threading.enumerate()):
+            raise RuntimeError(
+                "Two threads call a model with peft_moe adapters at the same time, and its routers would mix up their "
+                "batches. Let one call end before the next begins, or give each thread a copy of the model."
+            )
+        self.thread = mine
 
     @contextmanager
     def surround(self, inputs: dict[str, Any]) -> Iterator[None]:
         """Within this context every pass has these inputs unless it brings its own, and so has what runs outside any
         pass: an encoder or a language model that `generate` calls directly."""
-        before, self.surrounding = self.surrounding, ForwardPass(inputs, has_gradient=torch.is_grad_enabled())
+        self._enter_thread()
+        before = self.surrounding
+        outer = before.inputs if before is not None else {}
+        self.surrounding = ForwardPass({**outer, **inputs}, has_gradient=torch.is_grad_enabled())
         try:
             yield
         finally:
@@ -306,24 +341,42 @@ class _BackwardBegins:
 class _BeginPass:
     """Forward pre-hook of the base model; an object, so that it survives deepcopy and pickle."""
 
-    def __init__(self, recorder: RoutingRecorder, positions: dict[str, int]) -> None:
+    def __init__(self, recorder: RoutingRecorder, positions: dict[str, int], depth: int) -> None:
         self.recorder = recorder
         self.positions = positions
+        self.depth = depth
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        inputs = {}
-        for name in _INPUT_NAMES:
-            value = kwargs.get(name)
+        def given(name: str) -> Any:
             position = self.positions.get(name)
-            if value is None and position is not None and position < len(args):
-                value = args[position]
-            if value is not None:
-                inputs[name] = value
-        for_routers = {name: kwargs[name] for name in self.recorder.router_inputs if name in kwargs}
-        self.recorder.begin({**inputs, **{name: v for name, v in for_routers.items() if v is not None}})
+            value = kwargs.get(name)
+            return args[position] if value is None and position is not None and position < len(args) else value
+
+        inputs = {name: value for name in _INPUT_NAMES if (value := given(name)) is not None}
+        router_inputs = self.recorder.router_inputs
+        if not router_inputs:
+            self.recorder.begin(inputs, depth=self.depth)
+            return None
+        for name in ("input_ids", "inputs_embeds", "decoder_input_ids"):
+            if isinstance(tokens := given(name), torch.Tensor) and tokens.dim() > 1:
+                inputs["batch_shape"] = tokens.shape[:2]
+                break
+        for_routers = {name: kwargs[name] for name in router_inputs if name in kwargs}
+        if not for_routers and self.recorder.surrounding is None:
+            inputs |= cache_state(given("past_key_values"))
+        self.recorder.begin({**inputs, **{n: v for n, v in for_routers.items() if v is not None}}, depth=self.depth)
         if not for_routers:
             return None
         return args, {name: value for name, value in kwargs.items() if name not in for_routers}
+
+
+def cache_state(cache: Any) -> dict[str, Any]:
+    """What a pass, or a generation, has to know of the cache that it continues; nothing where there is no cache."""
+    if not hasattr(cache, "get_seq_length"):
+        return {}
+    num_cached_tokens = int(cache.get_seq_length())
+    notes = getattr(cache, CACHE_NOTES, {}) if num_cached_tokens else {}
+    return {"num_cached_tokens": num_cached_tokens, "cache_notes": notes}
 
 
 class _EndPass:
@@ -351,10 +404,10 @@ def install_recorder(base_model: nn.Module) -> RoutingRecorder:
         if isinstance(hook, _BeginPass):
             return hook.recorder
     recorder = RoutingRecorder()
-    for module in _entrances(base_model):
+    for depth, module in enumerate(_entrances(base_model)):
         parameters = list(inspect.signature(type(module).forward).parameters)[1:]
-        positions = {name: parameters.index(name) for name in _INPUT_NAMES if name in parameters}
-        module.register_forward_pre_hook(_BeginPass(recorder, positions), with_kwargs=True)
+        positions = {name: position for position, name in enumerate(parameters)}
+        module.register_forward_pre_hook(_BeginPass(recorder, positions, depth), with_kwargs=True)
         module.register_forward_hook(_EndPass(recorder), always_call=True)
     return recorder
 

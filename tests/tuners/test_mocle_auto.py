@@ -169,6 +169,29 @@ class TestWithoutIds:
             model(input_ids=new, past_key_values=output.past_key_values)
         assert seen == [ids_of(clusterer, TEXTS).tolist()] * 2
 
+    @pytest.mark.parametrize("fallback", ["error", "universal"])
+    def test_a_fresh_cache_is_no_continuation(self, base_folder, clusterer, fallback):
+        from transformers import DynamicCache
+
+        base = AutoModelForCausalLM.from_pretrained(base_folder)
+        model = get_peft_model(base, config_of(clusterer, fallback=fallback)).eval()
+        attach_encoder(model)
+        seen = spy(model)
+        model(**tokens_of(TEXTS), past_key_values=DynamicCache(config=base.config))
+        assert seen == [ids_of(clusterer, TEXTS).tolist()]
+
+    def test_autocast_of_the_model_is_not_that_of_the_encoder(self, model, encoder_folder, monkeypatch):
+        encoder = SentenceEncoder(encoder_folder)
+        attach_encoder(model, encoder)
+        states = []
+        original = encoder.encode
+        monkeypatch.setattr(
+            encoder, "encode", lambda texts: states.append(torch.is_autocast_enabled("cpu")) or original(texts)
+        )
+        with torch.autocast("cpu", torch.bfloat16):
+            model(**tokens_of(TEXTS))
+        assert states == [False]
+
     def test_given_ids_win(self, model):
         attach_encoder(model)
         seen = spy(model)

@@ -170,6 +170,22 @@ def test_the_released_code_has_a_gate_and_a_random_table_per_linear():
     assert not torch.equal(table, clusterer.centroids)
 
 
+@pytest.mark.parametrize(
+    ("scopes", "num_tables", "num_gates"),
+    [
+        (("layer", "model"), 1, 3),
+        (("layer", "layer"), 3, 3),
+        (("module", "layer"), 3, 6),
+        (("module", "module"), 6, 6),
+    ],
+)
+def test_scopes_say_how_many_gates_and_tables_there_are(scopes, num_tables, num_gates):
+    model = build(gate_scope=scopes[0], cluster_embedding_scope=scopes[1])
+    names = [name for name, _ in model.named_parameters()]
+    assert sum("mocle_embedding" in name for name in names) == num_tables
+    assert sum("mocle_gate" in name for name in names) == num_gates
+
+
 def test_without_centroids_the_table_is_about_as_long_as_a_sentence_embedding():
     model = build(cluster_embedding_dim=384)
     (table,) = [p for name, p in model.named_parameters() if "mocle_embedding" in name]

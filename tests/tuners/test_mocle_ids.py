@@ -106,6 +106,18 @@ class TestForward:
         assert routes[0][0] == routes[1][0]
         assert not torch.equal(routes[0][1], routes[1][1])
 
+    def test_layers_that_see_images_are_refused(self):
+        with pytest.raises(
+            ValueError, match=r"'model.vision_tower.*' does not belong to the language model.*modules_to_save"
+        ):
+            wrap(architecture("llava").build(), target_modules=r".*vision_tower.*fc1")
+
+    def test_tokens_that_a_model_flattens_are_cut_by_its_batch_and_by_nothing_else(self):
+        model = build()
+        layer = next(iter(layers_of(model).values()))
+        with layer.recorder.surround({"cluster_ids": IDS}), pytest.raises(ValueError, match="got a batch of 12"):
+            layer(torch.randn(12, 32))
+
     def test_a_model_that_pools_a_batch_is_routed_after_pooling_too(self):
         from transformers import BertConfig, BertForSequenceClassification
 
@@ -158,6 +170,20 @@ class TestPacked:
         for gradient, *expected in zip(found, *parts):
             torch.testing.assert_close(gradient, sum(expected), rtol=1e-4, atol=1e-5)
 
+    def test_left_padding_is_no_packing(self):
+        batch = token_batch(2, 4, num_padding=0)
+        mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+        positions = torch.tensor([[0, 0, 1, 2], [0, 1, 2, 3]])
+        with pytest.raises(ValueError, match="cluster_ids has 3 entries"):
+            build()(batch["input_ids"], mask, position_ids=positions, cluster_ids=torch.tensor([0, 1, 2]))
+
+    def test_packed_rows_are_understood_without_the_hooks_too(self):
+        model = build()
+        positions = torch.tensor([[0, 1, 2, 0, 1, 2]])
+        inputs = {"input_ids": prompt(1)[:, :6], "position_ids": positions, "cluster_ids": torch.tensor([4, 1])}
+        expected = model(**inputs).logits
+        assert torch.equal(model.get_base_model().forward(**inputs).logits, expected)
+
     def test_a_number_of_ids_that_no_packing_explains_is_refused(self):
         positions = torch.tensor([[0, 1, 2, 0, 1, 2]])
         with pytest.raises(ValueError, match="cluster_ids has 3 entries.*packed"):
@@ -202,9 +228,10 @@ class TestGenerate:
         with pytest.raises(ValueError, match="cluster_idz"):
             model.generate(prompt(), cluster_idz=ids, **GREEDY)
 
-    def test_a_batch_that_is_no_multiple_is_refused(self):
-        with pytest.raises(ValueError, match="cluster_ids has 2 entries"):
-            build().generate(prompt(3), cluster_ids=IDS, **GREEDY)
+    @pytest.mark.parametrize("ids", [[1], [1, 2], [1, 2, 3]], ids=len)
+    def test_a_number_of_ids_that_is_not_that_of_the_prompts_is_refused(self, ids):
+        with pytest.raises(ValueError, match=f"cluster_ids has {len(ids)} entries, but generate got 4 prompts"):
+            build().generate(prompt(4), cluster_ids=torch.tensor(ids), **GREEDY)
 
     def test_a_hand_written_loop_needs_the_ids_only_once(self):
         model, ids = build(), torch.tensor([0, 3, 5])
@@ -253,6 +280,156 @@ class TestGenerate:
             for c in (0, 0, 4)
         ]
         assert torch.equal(found[0], found[1]) and found[0].shape == found[2].shape
+
+
+class TestWhatComesBefore:
+    """A pass knows its own clusters, whatever happened before it or happens beside it."""
+
+    @pytest.mark.parametrize("call", ["forward", "generate"])
+    def test_an_interrupted_call_leaves_nothing_behind(self, call):
+        model = build()
+        expected = model(**token_batch(), cluster_ids=OTHER_IDS).logits
+        layer = list(layers_of(model).values())[3]
+
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        hook = layer.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            if call == "forward":
+                model(**token_batch(), cluster_ids=IDS)
+            else:
+                model.generate(prompt(2), cluster_ids=IDS, **GREEDY)
+        hook.remove()
+        with pytest.raises(ValueError, match="got no cluster_ids"):
+            model(**token_batch())
+        assert torch.equal(model(**token_batch(), cluster_ids=OTHER_IDS).logits, expected)
+        model.train()(**token_batch(), cluster_ids=OTHER_IDS).loss.backward()
+
+    def test_ids_that_are_changed_in_place_count(self):
+        model, ids = build(), IDS.clone()
+        with torch.no_grad():
+            model(**token_batch(), cluster_ids=ids)
+            ids.copy_(OTHER_IDS)
+            found = model(**token_batch(), cluster_ids=ids).logits
+            assert torch.equal(found, model(**token_batch(), cluster_ids=OTHER_IDS).logits)
+
+    def test_weights_that_an_optimizer_changes_unseen_count(self):
+        model = build().eval()
+        with torch.no_grad():
+            before = model(**token_batch(), cluster_ids=IDS).logits
+            for layer in layers_of(model).values():
+                for gate in layer.mocle_gate.values():
+                    gate.weight.data = -gate.weight.data
+            assert not torch.equal(model(**token_batch(), cluster_ids=IDS).logits, before)
+
+    def test_a_cache_that_was_emptied_knows_no_clusters(self):
+        from transformers import DynamicCache
+
+        model = build(target_modules=["q_proj", "v_proj"])
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(prompt(2), cluster_ids=IDS, past_key_values=cache)
+            cache.crop(-cache.get_seq_length())
+            assert cache.get_seq_length() == 0
+            with pytest.raises(ValueError, match="got no cluster_ids"):
+                model(prompt(2), past_key_values=cache)
+
+    def test_a_generation_continues_the_cache_of_an_earlier_one(self):
+        model = build()
+        settings = {**GREEDY, "return_dict_in_generate": True}
+        first = model.generate(prompt(2), cluster_ids=IDS, **settings)
+        again = torch.cat([first.sequences, prompt(2)[:, :2]], dim=1)
+        continued = model.generate(again, past_key_values=first.past_key_values, **settings).sequences
+        assert torch.equal(continued, model.generate(again, cluster_ids=IDS, **settings).sequences)
+
+    def test_a_second_thread_is_refused_and_the_first_one_undisturbed(self):
+        import threading
+
+        model, errors = build(), []
+        layer = next(iter(layers_of(model).values()))
+        expected = model(**token_batch(), cluster_ids=IDS).logits
+
+        def call_beside(*_):
+            def other():
+                try:
+                    model(**token_batch(), cluster_ids=OTHER_IDS)
+                except RuntimeError as error:
+                    errors.append(str(error))
+
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join()
+
+        hook = layer.register_forward_pre_hook(call_beside)
+        assert torch.equal(model(**token_batch(), cluster_ids=IDS).logits, expected)
+        hook.remove()
+        assert len(errors) == 1 and "Two threads" in errors[0]
+        thread = threading.Thread(target=lambda: errors.append(model(**token_batch(), cluster_ids=IDS).logits))
+        thread.start()
+        thread.join()
+        assert torch.equal(errors[1], expected)
+
+    def test_training_with_a_cache_leaves_it_to_the_garbage_collector(self):
+        import gc
+        import weakref
+
+        from transformers import DynamicCache
+
+        model, alive = build().train(), []
+        for _ in range(3):
+            cache = DynamicCache(config=model.config)
+            alive.append(weakref.ref(cache))
+            model(**token_batch(), cluster_ids=IDS, past_key_values=cache).loss.backward()
+            del cache
+        gc.collect()
+        assert not any(reference() for reference in alive)
+
+    def test_a_leaf_that_is_handed_through_collects_no_hooks(self):
+        model = build().train()
+        soft_prompt = nn.Parameter(torch.randn(2, 5, 32))
+        for _ in range(3):
+            output = model(inputs_embeds=soft_prompt, cluster_ids=IDS, output_hidden_states=True)
+            output.logits.sum().backward()
+        assert not soft_prompt._backward_hooks
+
+
+class TestOtherWrappers:
+    @pytest.mark.parametrize("hook_comes", ["first", "last"])
+    def test_hooks_of_accelerate_come_and_go(self, hook_comes):
+        from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+        base = tiny_llama()
+        if hook_comes == "first":
+            add_hook_to_module(base, ModelHook())
+        model = build(base)
+        expected = model(**token_batch(), cluster_ids=IDS).logits
+        if hook_comes == "last":
+            add_hook_to_module(base, ModelHook())
+            assert "cluster_ids" in inspect.signature(base.forward).parameters
+            assert torch.equal(model(**token_batch(), cluster_ids=IDS).logits, expected)
+            model.unload()
+            remove_hook_from_module(base)
+        else:
+            remove_hook_from_module(base)
+            model.unload()
+        plain = base(**token_batch()).logits
+        assert torch.equal(plain, tiny_llama()(**token_batch()).logits)
+        again = build(base)
+        assert torch.equal(again(**token_batch(), cluster_ids=IDS).logits, expected)
+        assert again.generate(prompt(2), cluster_ids=IDS, **GREEDY).shape == (2, 18)
+
+    @pytest.mark.parametrize("first", ["mole", "mocle"])
+    def test_two_methods_in_one_linear_are_refused(self, first):
+        from peft_moe import MoLEConfig
+
+        configs = [MoLEConfig(num_experts=2, lora_target_modules=None), MoCLEConfig(**{**SETTINGS, "task_type": None})]
+        if first == "mocle":
+            configs.reverse()
+        base = tiny_llama()
+        base.add_adapter(configs[0], adapter_name="one")
+        with pytest.raises(ValueError, match="already: a linear cannot have experts of two methods"):
+            base.add_adapter(configs[1], adapter_name="two")
 
 
 def examples(num_rows: int = 8) -> list[dict]:

@@ -119,7 +119,12 @@ class MoeTuner(BaseTuner):
         """Inject an adapter as PEFT does, with a [`RoutingRecorder`] and an [`AuxLoss`] attached to the base model."""
         self.recorder = install_recorder(model)
         self.aux_loss = install_aux_loss(model, self.recorder)
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+                remove_recorder(model)
+            raise
         function = self.aux_loss_function(self.peft_config[adapter_name])
         self.aux_loss.functions.pop(adapter_name, None)
         if function is not None:

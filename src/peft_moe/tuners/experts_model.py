@@ -33,6 +33,11 @@ class LoraExpertsModel(MoeTuner):
         names = []
         for name, module in adaptable_modules(model):
             if is_target(peft_config, name):
+                if isinstance(module, LoraExpertsLayer) and not isinstance(module, self.tuner_layer_cls):
+                    raise ValueError(
+                        f"'{name}' is a {type(module).__name__} already: a linear cannot have experts of two methods. Give "
+                        f"this adapter other target_modules, or remove the first one with unload()."
+                    )
                 check_target(model, name, base_of(module), method=peft_config.method)
                 names.append(name)
         if not names:
@@ -63,7 +68,7 @@ class LoraExpertsModel(MoeTuner):
         parameter_name: str | None = None,
     ) -> None:
         layer = target
-        if not isinstance(layer, LoraExpertsLayer):
+        if not isinstance(layer, self.tuner_layer_cls):
             layer = self._new_layer(target, current_key)
             layer._active_adapter = adapter_name
             is_encoder_decoder = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -60,12 +62,22 @@ class PromptClusters:
                 self._known = {}
                 new = sorted(set(texts))
             # not an inference tensor: the ids may be needed in training
-            with torch.inference_mode(False):
+            with torch.inference_mode(False), _without_autocast():
                 embeddings = self.encoder.encode([self.template.replace("{}", text) for text in new])
                 found = nearest_centroid(embeddings, self.centroids)
             self._known.update(zip(new, found.tolist(), strict=True))
         with torch.inference_mode(False):
             return torch.tensor([self._known[text] for text in texts], dtype=torch.int64)
+
+
+@contextmanager
+def _without_autocast() -> Iterator[None]:
+    """The precision of the model's pass is none of the encoder's business."""
+    with ExitStack() as stack:
+        for device_type in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device_type):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
+        yield
 
 
 def _fitting(tensor: Any, input_ids: torch.Tensor) -> torch.Tensor | None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...recording import ForwardPass, RoutingRecorder
+from ...recording import CACHE_NOTES, ForwardPass, RoutingRecorder
 from ...routing import ClusterCentroids
 from .config import MoCLEConfig
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 CLUSTER_IDS = "cluster_ids"
 GENERATION_PROMPT = "generation_prompt"
-CACHE_ATTRIBUTE = "_mocle_clusters"
 
 # inputs of the model by name -> (N,) int64
 ClusterFinder = Callable[[dict[str, Any]], torch.Tensor]
@@ -52,26 +51,35 @@ class BatchClusters:
             self.on_device[device] = self.ids.to(device)
         return self.on_device[device]
 
-    def rows(self, shape: torch.Size, module_name: str) -> tuple[int, int]:
-        """How a layer's input of this shape, without its last axis, splits into `(examples, tokens per example)`.
+    def rows(self, shape: torch.Size, batch_shape: torch.Size | None, module_name: str) -> tuple[int, int]:
+        """How a layer's input splits into `(examples, tokens per example)`.
+
+        Args:
+            shape (`torch.Size`): that of the input without its last axis.
+            batch_shape (`torch.Size`, *optional*): examples and tokens of the running pass, where they are known.
+            module_name (`str`): for the error.
 
         Raises:
             ValueError: it does not.
         """
         first, num_tokens = (shape[0] if shape else 1), shape.numel()
         if self.ids is None:
-            return (first, num_tokens // first) if len(shape) > 1 else (1, num_tokens)
+            return (first, num_tokens // first) if len(shape) > 1 and first else (num_tokens, 1)
         num_examples = self.ids.shape[0]
-        if len(shape) == 1 and num_tokens % num_examples == 0:
-            return num_examples, num_tokens // num_examples  # a model that flattens its tokens, or one vector each
+        if len(shape) == 1 and first != num_examples and batch_shape is not None and num_tokens == batch_shape.numel():
+            first = batch_shape[0]  # a model that flattens its tokens
         if first == num_examples or (self.is_expandable and first % num_examples == 0):
             return first, num_tokens // first
         raise ValueError(
             f"cluster_ids has {num_examples} entries, but '{module_name}' got a batch of {first} (shape "
             f"{tuple(shape)}). Pass one cluster id per example, as an int64 tensor of shape (batch,); for packed rows one "
-            "per packed example, together with position_ids that start again at 0. A layer that sees images or other "
-            "inputs than the examples cannot be routed: exclude it with exclude_modules."
+            "per packed example, together with position_ids that start again at 0. A layer that sees other inputs than "
+            "the examples cannot be routed: exclude it with exclude_modules."
         )
+
+    def expandable(self) -> BatchClusters:
+        """The same for passes whose batch may be a multiple."""
+        return self if self.is_expandable else BatchClusters(self.ids, is_expandable=True)
 
 
 class ClusterLookup:
@@ -132,7 +140,7 @@ class ClusterLookup:
             self._has_checked_centroids = True
         holder = self._holder(forward_pass)
         if self not in holder.derived:
-            holder.derived[self] = self._find(holder.inputs if holder is not forward_pass else forward_pass.inputs)
+            holder.derived[self] = self._find(holder.inputs)
         clusters: BatchClusters = holder.derived[self]
         forward_pass.derived[self] = clusters
         return clusters
@@ -148,12 +156,12 @@ class ClusterLookup:
     def _find(self, inputs: dict[str, Any]) -> BatchClusters:
         ids = inputs.get(CLUSTER_IDS)
         if ids is None:
-            remembered = getattr(inputs.get("past_key_values"), CACHE_ATTRIBUTE, {}).get(self.adapter_name)
-            if remembered is not None:
-                return BatchClusters(remembered.ids, is_expandable=True)
+            remembered: BatchClusters | None = inputs.get("cache_notes", {}).get((CLUSTER_IDS, self.adapter_name))
             prompt = _prompt(inputs)
             if self.finder is not None and prompt is not None:
                 ids = self.finder(prompt)
+            elif remembered is not None:
+                return remembered
         if ids is None:
             if self.fallback == "universal":
                 return BatchClusters(None)
@@ -163,8 +171,17 @@ class ClusterLookup:
                 "dataset by InstructionClusterer.add_cluster_ids); or let it find them from input_ids: "
                 "attach_encoder(model); or choose fallback='universal' in the configuration."
             )
-        ids = self._checked(ids, like=inputs.get("input_ids"))
-        return BatchClusters(ids, _segments(ids, inputs), is_expandable=GENERATION_PROMPT in inputs)
+        prompt = inputs.get(GENERATION_PROMPT)
+        ids = self._checked(ids, like=(prompt or inputs).get("input_ids"))
+        if prompt is None:
+            return BatchClusters(ids, _segments(ids, inputs))
+        for tokens in (prompt.get("input_ids"), prompt.get("inputs_embeds")):
+            if isinstance(tokens, torch.Tensor) and tokens.shape[0] != ids.shape[0]:
+                raise ValueError(
+                    f"cluster_ids has {ids.shape[0]} entries, but generate got {tokens.shape[0]} prompts. Pass one id per "
+                    "prompt; beams and several answers to a prompt share it."
+                )
+        return BatchClusters(ids, is_expandable=True)
 
     def _checked(self, ids: Any, *, like: Any) -> torch.Tensor:
         if not isinstance(ids, torch.Tensor):
@@ -200,7 +217,7 @@ def _prompt(inputs: dict[str, Any]) -> dict[str, Any] | None:
     """The inputs that hold whole prompts: those of `generate`, or those of this pass unless it continues a cache."""
     if GENERATION_PROMPT in inputs:
         inputs = inputs[GENERATION_PROMPT]
-    elif inputs.get("past_key_values") is not None and inputs["past_key_values"].get_seq_length() > 0:
+    elif inputs.get("num_cached_tokens"):
         return None
     return inputs if isinstance(inputs.get("input_ids"), torch.Tensor) else None
 
@@ -213,7 +230,11 @@ def _segments(ids: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor | None:
     position_ids = inputs.get("position_ids")
     if not isinstance(position_ids, torch.Tensor) or position_ids.dim() != 2 or position_ids.shape[0] == ids.shape[0]:
         return None
-    starts = position_ids.flatten().eq(0)
+    starts = position_ids.eq(0)
+    mask = inputs.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.shape == starts.shape:
+        starts = starts & mask.ne(0)
+    starts = starts.flatten()
     segments = starts.cumsum(0) - 1
     num_examples = ids.shape[0]
     is_padding = segments >= num_examples
@@ -226,9 +247,10 @@ def remember_clusters(recorder: RoutingRecorder, forward_pass: ForwardPass, outp
     """Output hook: leave the clusters of a prompt on its key-value cache, for decoding loops that pass nothing else."""
     cache = getattr(output, "past_key_values", None)
     if cache is not None and hasattr(cache, "__dict__") and not torch.compiler.is_compiling():
-        found = {
-            key.adapter_name: value for key, value in forward_pass.derived.items() if isinstance(key, ClusterLookup)
+        notes = {
+            (CLUSTER_IDS, key.adapter_name): value.expandable()
+            for key, value in forward_pass.derived.items()
+            if isinstance(key, ClusterLookup) and value.segments is None
         }
-        if found:
-            setattr(cache, CACHE_ATTRIBUTE, found)
+        setattr(cache, CACHE_NOTES, {**getattr(cache, CACHE_NOTES, {}), **notes})
     return output

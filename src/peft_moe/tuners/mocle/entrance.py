@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...recording import RoutingRecorder, get_recorder
+from ...recording import RoutingRecorder, cache_state, get_recorder
 from .clusters import CLUSTER_IDS, GENERATION_PROMPT, remember_clusters
 
 
 _METHODS = ("forward", "generate")
+_MARK = "_is_mocle_entrance"
+_PASSED_ON = ("input_ids", "attention_mask", "position_ids")
 
 
 def open_entrance(base_model: nn.Module, recorder: RoutingRecorder) -> None:
@@ -26,23 +28,30 @@ def open_entrance(base_model: nn.Module, recorder: RoutingRecorder) -> None:
     if remember_clusters not in recorder.output_hooks:
         recorder.output_hooks.append(remember_clusters)
     for name in _METHODS:
-        if hasattr(base_model, name) and _before(name) not in base_model.__dict__:
+        if hasattr(base_model, name) and not _is_ours(base_model, name) and not _is_ours(base_model, f"_old_{name}"):
             # a method of the instance, and none that holds the instance: copies of the model must call themselves
             base_model.__dict__[_before(name)] = base_model.__dict__.get(name)
             base_model.__dict__[name] = _METHOD_MAKERS[name](base_model)
 
 
 def close_entrance(base_model: nn.Module, recorder: RoutingRecorder) -> None:
-    """Undo [`open_entrance`]."""
+    """Undo [`open_entrance`]. Where accelerate has put a hook around our method it stays, and only passes on."""
     recorder.router_inputs.discard(CLUSTER_IDS)
     if remember_clusters in recorder.output_hooks:
         recorder.output_hooks.remove(remember_clusters)
     for name in _METHODS:
-        if _before(name) in base_model.__dict__:
-            before = base_model.__dict__.pop(_before(name))
+        if _is_ours(base_model, f"_old_{name}"):
+            continue
+        before = base_model.__dict__.pop(_before(name), None)
+        if _is_ours(base_model, name):
             del base_model.__dict__[name]
             if before is not None:
                 base_model.__dict__[name] = before
+
+
+def _is_ours(model: nn.Module, attribute: str) -> bool:
+    """Whether an attribute of the instance is one of the methods below; accelerate keeps what it hooks as `_old_…`."""
+    return hasattr(model.__dict__.get(attribute), _MARK)
 
 
 def _before(name: str) -> str:
@@ -60,11 +69,15 @@ def _call_inner(model: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
 
 def _forward_method(model: nn.Module) -> Any:
     def forward(self: nn.Module, *args: Any, cluster_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        if cluster_ids is None:
+        recorder = get_recorder(self)
+        if cluster_ids is None or recorder is None:
             return _call_inner(self, "forward", *args, **kwargs)
-        with _recorder_of(self).surround({CLUSTER_IDS: cluster_ids}):  # called without hooks: model.forward(...)
+        # called without hooks: model.forward(...)
+        inputs = {name: kwargs[name] for name in _PASSED_ON if name in kwargs}
+        with recorder.surround({**inputs, CLUSTER_IDS: cluster_ids}):
             return _call_inner(self, "forward", *args, **kwargs)
 
+    setattr(forward, _MARK, True)
     forward.__signature__ = _with_cluster_ids(inspect.signature(model.forward))  # type: ignore[attr-defined]
     return forward.__get__(model)
 
@@ -73,23 +86,22 @@ def _generate_method(model: nn.Module) -> Any:
     signature = inspect.signature(model.generate)
 
     def generate(self: nn.Module, *args: Any, cluster_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        recorder = get_recorder(self)
+        if recorder is None:
+            return _call_inner(self, "generate", *args, **kwargs)
         given = signature.bind_partial(*args, **kwargs).arguments
         given = {**given, **given.get("kwargs", {})}
-        prompt = {name: given.get(name) for name in ("input_ids", "attention_mask")}
+        prompt = {name: given.get(name) for name in ("input_ids", "attention_mask", "inputs_embeds")}
         if prompt["input_ids"] is None and getattr(given.get("inputs"), "dtype", None) in (torch.int64, torch.int32):
             prompt["input_ids"] = given["inputs"]
-        with _recorder_of(self).surround({CLUSTER_IDS: cluster_ids, GENERATION_PROMPT: prompt}):
+        notes = cache_state(given.get("past_key_values")).get("cache_notes", {})
+        with recorder.surround({CLUSTER_IDS: cluster_ids, GENERATION_PROMPT: prompt, "cache_notes": notes}):
             return _call_inner(self, "generate", *args, **kwargs)
 
+    setattr(generate, _MARK, True)
     generate.__signature__ = _with_cluster_ids(signature)  # type: ignore[attr-defined]
     generate.__doc__ = model.generate.__doc__
     return generate.__get__(model)
-
-
-def _recorder_of(model: nn.Module) -> RoutingRecorder:
-    recorder = get_recorder(model)
-    assert recorder is not None, "the entrance is closed when the recorder goes"
-    return recorder
 
 
 _METHOD_MAKERS = {"forward": _forward_method, "generate": _generate_method}

@@ -116,7 +116,7 @@ class PromptReader:
     before the first label that is not -100, so that the answer does not take part. So does a text that shows no mark of
     the template at all: it is no chat.
 
-    Three things cannot be undone: what truncation cut off; what a tokenizer does not keep (such as upper case); and a
+    Three things cannot be undone: what truncation cut off (where the first user turn is gone whole, the second counts); what a tokenizer does not keep (such as upper case); and a
     system prompt that the template writes into the user turn without a mark (Gemma 3), which is read as part of the
     instruction. Special tokens inside the turn are taken for image tokens and the like, and left out.
 

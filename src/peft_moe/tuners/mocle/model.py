@@ -11,7 +11,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..experts_model import LoraExpertsModel
-from ..structure import ATTENTION_BLOCKS, MLP_BLOCKS, find_blocks, text_linear_names
+from ..structure import ATTENTION_BLOCKS, MLP_BLOCKS, base_of, find_blocks, text_linear_names
 from .clusters import ClusterLookup
 from .config import MoCLEConfig, checksum
 from .entrance import close_entrance, open_entrance
@@ -29,9 +29,11 @@ class _Injection:
     """What the layers of an adapter share while it is injected, one after the other."""
 
     lookup: ClusterLookup
-    embedding_owner: MoCLELayer
-    """the first layer: it holds the table of embeddings, and the centroids"""
+    first: MoCLELayer
+    """holds the centroids"""
     scopes: dict[str, GateScope] = field(default_factory=dict)
+    embedding_owners: dict[str, MoCLELayer] = field(default_factory=dict)
+    """what holds the table of embeddings of the model (`""`), of a layer, or of a linear"""
 
 
 class MoCLEModel(LoraExpertsModel):
@@ -101,29 +103,38 @@ class MoCLEModel(LoraExpertsModel):
     def _prepare_model(self, peft_config: MoCLEConfig, model: nn.Module) -> None:
         """Check every target before the first one is touched."""
         self._injection: _Injection | None = None
-        if peft_config.target_modules != "all-linear":
-            self._targets(peft_config, model)
+        if peft_config.target_modules == "all-linear":
+            return
+        of_text = set(text_linear_names(model))
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        for name in self._targets(peft_config, model):
+            if name not in of_text and base_of(model.get_submodule(name)) is not head:
+                raise ValueError(
+                    f"'{name}' does not belong to the language model of {type(model).__name__}: its batch is one of "
+                    "images, which cluster_ids say nothing about. Remove it from target_modules; to train it in full, "
+                    "name it in modules_to_save."
+                )
 
     def _new_layer(self, target: nn.Module, name: str) -> MoCLELayer:
         return MoCLELayer(target, name, self.recorder)
 
     def _update_layer(self, layer: MoCLELayer, adapter_name: str, peft_config: MoCLEConfig, **settings: Any) -> None:
         if self._injection is None:
-            self._injection = _Injection(ClusterLookup(adapter_name, peft_config), embedding_owner=layer)
+            self._injection = _Injection(ClusterLookup(adapter_name, peft_config), first=layer)
         shared = self._injection
-        name = layer.name if peft_config.gate_scope == "module" else _layer_of(self.model, layer.name)
+        layer_name = _layer_of(self.model, layer.name)
+        name = layer.name if peft_config.gate_scope == "module" else layer_name
         scope = shared.scopes.setdefault(name, GateScope(name, shared.lookup))
-        is_first, is_first_in_scope = layer is shared.embedding_owner, not scope.members
         scope.members.append(layer.name)
-        owns_embedding = is_first or (is_first_in_scope and peft_config.cluster_embedding_scope != "model")
-        if is_first_in_scope:
-            scope.embedding_owner = layer if owns_embedding else shared.embedding_owner
+        tables = {"model": "", "layer": layer_name, "module": name}
+        table = tables[peft_config.cluster_embedding_scope]
+        scope.embedding_owner = shared.embedding_owners.setdefault(table, layer)
         layer.update_layer(
             adapter_name,
             peft_config,
             scope=scope,
-            owns_embedding=owns_embedding,
-            owns_centroids=is_first and peft_config.centroids_sha256 is not None,
+            owns_embedding=scope.embedding_owner is layer,
+            owns_centroids=layer is shared.first and peft_config.centroids_sha256 is not None,
             **settings,
         )
 

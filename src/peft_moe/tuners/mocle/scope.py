@@ -27,19 +27,13 @@ class Decision:
         self.num_stacked = num_stacked
         self._routed: dict[tuple[int, int], Routed] = {}
 
-    def routed(self, shape: torch.Size, module_name: str) -> Routed:
-        """For a layer's input of this shape, without its last axis."""
+    def routed(self, shape: torch.Size, batch_shape: torch.Size | None, module_name: str) -> Routed:
+        """For a layer's input of this shape, without its last axis; see [`BatchClusters.rows`]."""
         segments = self.clusters.segments
-        key = (shape.numel(), 0) if segments is not None else self.clusters.rows(shape, module_name)
+        key = (shape.numel(), 0) if segments is not None else self.clusters.rows(shape, batch_shape, module_name)
         if key not in self._routed:
             self._routed[key] = self._by_token(key[0]) if segments is not None else self._by_example(*key)
         return self._routed[key]
-
-    def about(self, clusters: BatchClusters) -> Decision:
-        """The same decision for another pass over the same examples."""
-        same = Decision(self.output, clusters, self.num_stacked)
-        same._routed = self._routed
-        return same
 
     def _by_example(self, num_examples: int, tokens_per_example: int) -> Routed:
         index, weights = self.output.top_k_index, self.output.top_k_weights
@@ -47,8 +41,9 @@ class Decision:
         if copies != 1:
             index = index.repeat_interleave(copies, dim=0)
             weights = None if weights is None else weights.repeat_interleave(copies, dim=0)
-        plan = DispatchPlan.from_index(index, self.num_stacked, tokens_per_example=max(tokens_per_example, 1))
-        return Routed(plan, weights)
+        if tokens_per_example == 0:
+            index, weights, tokens_per_example = index[:0], None if weights is None else weights[:0], 1
+        return Routed(DispatchPlan.from_index(index, self.num_stacked, tokens_per_example=tokens_per_example), weights)
 
     def _by_token(self, num_tokens: int) -> Routed:
         segments = self.clusters.segments
@@ -69,7 +64,7 @@ class GateScope:
 
     The first of them that is called for a batch asks the gate, the others take over what it decided; so noise is drawn
     once, and what a recomputation by gradient checkpointing computes is what the first forward computed. Without
-    gradients a decision is kept while ids and weights are the same, which makes decoding cheap.
+    gradients a decision is kept for the steps of one generation, which makes decoding cheap.
 
     Args:
         name (`str`): name of the layer (of the linear, with `gate_scope="module"`).
@@ -110,24 +105,24 @@ class GateScope:
         clusters = self.lookup.of_running_pass(recorder)
         decision = self._decision
         if decision is None or decision.clusters is not clusters or member not in self._waiting:
-            decision = self._keep(clusters) or self._decide(clusters, device)
+            decision = self._keep(clusters, device) or self._decide(clusters, device)
             self._waiting = set(self.members)
             self._record(decision, recorder)
         self._waiting.discard(member)
-        routed = decision.routed(shape, member)
+        forward_pass = recorder.current
+        batch_shape = None if forward_pass is None else forward_pass.inputs.get("batch_shape")
+        routed = decision.routed(shape, batch_shape, member)
         if not self._waiting and self._kept_with is None:
             self._decision = None
         return routed
 
-    def _keep(self, clusters: BatchClusters) -> Decision | None:
-        """The last decision, if it was about the same ids and made by weights that are still the same."""
+    def _keep(self, clusters: BatchClusters, device: torch.device) -> Decision | None:
+        """The last decision, if it was for another step of the same generation and the weights are the same."""
         kept, decision = self._kept_with, self._decision
-        if kept is None or decision is None or not self._may_keep():
+        if kept is None or decision is None or decision.clusters is not clusters or not self._may_keep():
             return None
-        if decision.clusters is not clusters:
-            if decision.clusters.ids is not clusters.ids or decision.clusters.segments is not clusters.segments:
-                return None
-            decision = self._decision = decision.about(clusters)
+        if decision.output.top_k_index.device != device:
+            return None
         for module, name, tensor, version in kept:
             if module._parameters[name] is not tensor or tensor._version != version:
                 return None
@@ -139,7 +134,7 @@ class GateScope:
     def _decide(self, clusters: BatchClusters, device: torch.device) -> Decision:
         self._decision = Decision(self.decide(clusters, device), clusters, self.gate.num_stacked)
         self._kept_with = None
-        if self._may_keep():
+        if clusters.is_expandable and self._may_keep():
             assert self.embedding_owner is not None
             modules = (self.gate, self.embedding_owner.mocle_embedding[self.adapter_name])
             tensors = [
