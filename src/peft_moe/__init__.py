@@ -2,7 +2,7 @@
 
 from ._version import __version__
 from .aux_loss import get_aux_loss, set_aux_loss_scale
-from .models import MoeLlavaConfig, MoeLlavaForConditionalGeneration, MoeLlavaModel
+from .models import MoeLlavaConfig, MoeLlavaForConditionalGeneration, MoeLlavaModel, MoeTuningStage
 from .models.moe_llava import register as _register_models
 from .monitoring import ExpertLoadCallback, record_expert_load
 from .optimization import router_parameter_groups
@@ -35,6 +35,7 @@ __all__ = [
     "MoeLlavaConfig",
     "MoeLlavaForConditionalGeneration",
     "MoeLlavaModel",
+    "MoeTuningStage",
     "__version__",
     "attach_encoder",
     "choose_num_clusters",

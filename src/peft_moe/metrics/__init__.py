@@ -10,7 +10,7 @@ def names() -> list[str]:
     """The metrics of this package.
 
     >>> names()
-    ['answer_nll', 'exact_match_by_domain']
+    ['answer_nll', 'exact_match_by_domain', 'pope', 'vqa_accuracy']
     """
     return sorted(folder.name for folder in FOLDER.iterdir() if (folder / f"{folder.name}.py").is_file())
 

@@ -1,0 +1,342 @@
+"""Turns a checkpoint of the original MoE-LLaVA code into a MoeLlava folder that transformers loads, without DeepSpeed.
+
+python -m peft_moe.models.moe_llava.convert_original MoE-LLaVA-Phi2-2.7B-4e converted --dry_run
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, LlavaProcessor
+
+from .configuration_moe_llava import MoeLlavaConfig
+from .modeling_moe_llava import MoeLlavaForConditionalGeneration
+from .original_keys import FAMILIES, Family, Tensors, convert_tensors, vision_prefix_of
+
+
+IMAGE_TOKEN = "<image>"
+EMBEDDINGS = "model.language_model.embed_tokens.weight"
+ROTARY_FIELDS = ("rope_theta", "rope_scaling", "partial_rotary_factor")
+LOST = (
+    "The second expert was sampled with Gumbel noise in evaluation too; here evaluation takes the second best, so answers "
+    "of the original cannot be repeated exactly.",
+    "Experts had a limited capacity and dropped tokens by their position in the batch, padding included; here nothing is "
+    "dropped unless released_routing is set, and padding never takes a place.",
+    "ep_size, train_modules and optimizer states of DeepSpeed have no counterpart.",
+)
+
+
+@dataclass
+class Conversion:
+    """What a conversion did, or would do; `str(conversion)` says it in words.
+
+    Args:
+        config ([`MoeLlavaConfig`]): of the new model.
+        sources (`list[str]`): names in the original.
+        targets (`dict[str, tuple[int, ...]]`): names and shapes here.
+        notes (`list[str]`): what was left out, made up, or behaves otherwise.
+    """
+
+    config: MoeLlavaConfig
+    sources: list[str]
+    targets: dict[str, tuple[int, ...]]
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        config = self.config
+        counts = config.num_experts_by_layer
+        lines = [
+            f"{len(self.sources)} tensors of the original become {len(self.targets)}.",
+            f"{type(config.text_config).__name__}, mixtures in layers {list(counts)} with {list(counts.values())} experts, "
+            f"{config.num_experts_per_tok} per token.",
+            "What does not carry over:",
+            *(f"- {note}" for note in self.notes),
+        ]
+        return "\n".join(lines)
+
+
+def convert(
+    source: str | Path,
+    target: str | Path | None,
+    *,
+    vision_tower: str | Path | None = None,
+    image_token_index: int | None = None,
+    released_routing: bool = False,
+    dry_run: bool = False,
+) -> Conversion:
+    """Convert a checkpoint of MoE-LLaVA on StableLM, Qwen, Phi-2, Mistral (OpenChat) or Llama.
+
+    Args:
+        source (`str`): folder of the original, with `config.json` and the weights.
+        target (`str`, *optional*): folder to write. Not needed with `dry_run`.
+        vision_tower (`str`, *optional*):
+            Folder or Hub name of the vision tower; by default the one that the original names. Its weights are used
+            where the checkpoint holds none.
+        image_token_index (`int`, *optional*):
+            Token that stands for a piece of image, which the original does not have. By default the id that the
+            tokenizer gives to `<image>`; without a tokenizer that transformers loads, a new one after the vocabulary.
+        released_routing (`bool`): also route as the released training scripts did: capacity by position, Gumbel noise.
+        dry_run (`bool`): check that every tensor has its place, and write nothing.
+
+    Returns:
+        [`Conversion`].
+
+    Raises:
+        ValueError: the model is of another kind, or names or shapes of tensors do not fit; all of them are listed.
+        FileNotFoundError: the folder holds no weights.
+
+    Example:
+
+    ```py
+    >>> print(convert("MoE-LLaVA-Phi2-2.7B-4e", None, dry_run=True))
+    ```
+    """
+    if target is None and not dry_run:
+        raise ValueError("convert needs a target folder. Name one, or use dry_run=True.")
+    source = Path(source)
+    original_config = json.loads((source / "config.json").read_text())
+    family = _family_of(original_config)
+    vision_tower = vision_tower or original_config.get("mm_image_tower")
+    if vision_tower is None:
+        raise ValueError("config.json names no mm_image_tower. Name the vision tower by vision_tower=...")
+    original = _load_tensors(source, on_meta=dry_run)
+
+    notes = list(LOST)
+    tokenizer, tokenizer_note = _tokenizer(source)
+    notes += [tokenizer_note] if tokenizer_note else []
+    if image_token_index is None:
+        image_token_index = (
+            original_config["vocab_size"] if tokenizer is None else tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        )
+    config = _config(original_config, family, vision_tower, image_token_index, released_routing)
+    config.lm_head_bias = "lm_head.bias" in original
+    notes += _notes_of(original_config)
+
+    with torch.device("meta"):
+        model = MoeLlavaForConditionalGeneration(config)
+    wanted = model.state_dict()
+    prefix = vision_prefix_of(list(wanted))
+    tensors, buffers, unknown = convert_tensors(original, family, vision_prefix=prefix)
+    if buffers:
+        notes.append(f"{len(buffers)} buffers are computed instead of loaded, {buffers[0]} the first of them.")
+    notes += _add_vision_tower(tensors, wanted, vision_tower, dry_run=dry_run)
+    notes += _add_image_token(tensors, config)
+    if config.text_config.tie_word_embeddings and EMBEDDINGS in tensors:
+        tensors.setdefault("lm_head.weight", tensors[EMBEDDINGS])
+    _check(tensors, wanted, unknown)
+
+    conversion = Conversion(config, list(original), {name: tuple(t.shape) for name, t in tensors.items()}, notes)
+    if not dry_run:
+        _save(model, tensors, Path(target), tokenizer, vision_tower, original_config, conversion)
+    return conversion
+
+
+def _family_of(config: dict[str, Any]) -> Family:
+    model_type = config.get("model_type")
+    if model_type not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise ValueError(f"config.json has model_type {model_type!r}, but the converter knows {known}.")
+    if not config.get("moe", {}).get("num_experts"):
+        raise ValueError(
+            "config.json says nothing about experts (moe.num_experts), so this is a model of stage I or II. Convert it to "
+            "a LLaVA, and use MoeLlavaForConditionalGeneration.from_dense."
+        )
+    projector = config.get("image_projector_type")
+    if projector != "mlp2x_gelu":
+        raise ValueError(
+            f"The projector is {projector!r}, but LLaVA in transformers has two linears with GELU ('mlp2x_gelu')."
+        )
+    return FAMILIES[model_type]
+
+
+def _load_tensors(folder: Path, *, on_meta: bool) -> Tensors:
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        found = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+        raise FileNotFoundError(f"{folder} holds neither *.safetensors nor pytorch_model*.bin, but {found}.")
+    tensors: Tensors = {}
+    for file in files:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as opened:
+                loaded = {key: opened.get_tensor(key) for key in opened.keys()}
+        else:
+            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        tensors.update({key: tensor.to("meta") if on_meta else tensor for key, tensor in loaded.items()})
+    return tensors
+
+
+def _tokenizer(folder: Path) -> tuple[Any, str | None]:
+    """The tokenizer with a token for images, and why there is none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return None, (
+            f"The tokenizer cannot be loaded without code of its own ({reason}), so no processor was written. Add the "
+            f"token {IMAGE_TOKEN!r} with the id image_token_index to it by hand."
+        )
+    tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
+    return tokenizer, None
+
+
+def _config(
+    original: dict[str, Any], family: Family, vision_tower: Any, image_token_index: int, released_routing: bool
+) -> MoeLlavaConfig:
+    config_class = getattr(transformers, family.config_class)
+    accepted = {*config_class().to_dict(), *ROTARY_FIELDS} - {"model_type", "architectures", "transformers_version"}
+    fields = {family.config_fields.get(name, name): value for name, value in original.items()}
+    fields.update(family.config_function(original))
+    fields = {name: value for name, value in fields.items() if name in accepted and value is not None}
+    fields["vocab_size"] = max(original["vocab_size"], image_token_index + 1)
+    vision_config = AutoConfig.from_pretrained(vision_tower)
+    vision_config = getattr(vision_config, "vision_config", vision_config)
+    strategy = {"patch": "default", "cls_patch": "full"}[original.get("mm_vision_select_feature", "patch")]
+    num_patches = (vision_config.image_size // vision_config.patch_size) ** 2
+    has_class_token = vision_config.model_type == "clip_vision_model"
+    moe = original["moe"]
+    routing = {"router_drop": "position", "router_second_expert": "gumbel"} if released_routing else {}
+    counts, layers = list(moe["num_experts"]), list(moe["moe_layers_idx"])
+    return MoeLlavaConfig(
+        vision_config=vision_config,
+        text_config=config_class(**fields),
+        image_token_index=image_token_index,
+        image_seq_length=num_patches + has_class_token - (strategy == "default"),
+        vision_feature_layer=original.get("mm_vision_select_layer", -2),
+        vision_feature_select_strategy=strategy,
+        projector_hidden_act="gelu",
+        tie_word_embeddings=bool(fields.get("tie_word_embeddings", False)),
+        moe_layers=layers,
+        num_experts=counts[0] if len(set(counts)) == 1 else counts,
+        num_experts_per_tok=moe.get("top_k_experts", 2),
+        norm_topk_prob=moe.get("top_k_experts", 2) > 1,
+        use_residual=bool(moe.get("use_residual", False)),
+        router_capacity_factor=moe.get("capacity_factor", 1.0),
+        router_eval_capacity_factor=moe.get("eval_capacity_factor", 1.0),
+        router_min_capacity=moe.get("min_capacity", 4),
+        router_aux_loss_coef=moe.get("router_aux_loss_coef", 0.01),
+        router_aux_loss_type="moe_llava",
+        **routing,
+    )
+
+
+def _notes_of(config: dict[str, Any]) -> list[str]:
+    notes = []
+    if config["model_type"] == "moe_llava_qwen" and (config.get("use_dynamic_ntk") or config.get("use_logn_attn")):
+        notes.append(
+            f"Qwen's scaling of attention beyond {config.get('seq_length')} tokens (use_dynamic_ntk, use_logn_attn)."
+        )
+    if config.get("mm_use_im_start_end"):
+        notes.append("Prompts put <im_start> and <im_end> around an image (mm_use_im_start_end): write them yourself.")
+    if config.get("mm_video_tower"):
+        notes.append("Videos (mm_video_tower): only the image side is converted.")
+    return notes
+
+
+def _add_vision_tower(tensors: Tensors, wanted: Tensors, vision_tower: Any, *, dry_run: bool) -> list[str]:
+    names = [name for name in wanted if name.startswith("model.vision_tower.")]
+    if any(name in tensors for name in names):
+        return []
+    if dry_run:
+        tensors.update({name: wanted[name] for name in names})
+    else:
+        loaded = AutoModel.from_pretrained(vision_tower)
+        state = getattr(loaded, "vision_model", loaded).state_dict()
+        prefix = vision_prefix_of(names)
+        tensors.update({prefix + name.removeprefix("vision_model."): tensor for name, tensor in state.items()})
+    return [f"The checkpoint holds no vision tower: its weights are those of {vision_tower}."]
+
+
+def _add_image_token(tensors: Tensors, config: MoeLlavaConfig) -> list[str]:
+    """Rows for the token of images, as the mean of all others, where the vocabulary has none to spare."""
+    names = (EMBEDDINGS, "lm_head.weight", "lm_head.bias")
+    num_rows = config.text_config.vocab_size
+    grown = []
+    for name in names:
+        if name in tensors and (missing := num_rows - tensors[name].shape[0]) > 0:
+            mean = tensors[name].float().mean(dim=0, keepdim=True).to(tensors[name].dtype)
+            tensors[name] = torch.cat([tensors[name], mean.expand(missing, *mean.shape[1:])])
+            grown.append(name)
+    if not grown:
+        return []
+    return [
+        f"{IMAGE_TOKEN!r} is token {config.image_token_index}: {', '.join(grown)} got rows that are the mean of all."
+    ]
+
+
+def _check(tensors: Tensors, wanted: Tensors, unknown: Iterable[str]) -> None:
+    problems = [f"{name} of the original is not in the table" for name in unknown]
+    problems += [f"{name} has no counterpart here" for name in tensors if name not in wanted]
+    problems += [f"{name} was not found in the original" for name in wanted if name not in tensors]
+    problems += [
+        f"{name} has shape {tuple(tensors[name].shape)} instead of {tuple(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in tensors and tensors[name].shape != tensor.shape
+    ]
+    if problems:
+        listed = "\n".join(f"- {problem}" for problem in problems)
+        raise ValueError(f"The checkpoint cannot be converted, {len(problems)} tensors do not fit:\n{listed}")
+
+
+def _save(
+    model: MoeLlavaForConditionalGeneration,
+    tensors: Tensors,
+    target: Path,
+    tokenizer: Any,
+    vision_tower: Any,
+    original_config: dict[str, Any],
+    conversion: Conversion,
+) -> None:
+    dtype = tensors[EMBEDDINGS].dtype
+    tensors = {name: t.float() if name.endswith(".mlp.gate.weight") else t.to(dtype) for name, t in tensors.items()}
+    model.load_state_dict({name: tensor.contiguous() for name, tensor in tensors.items()}, strict=True, assign=True)
+    model.tie_weights()
+    model.config.dtype = dtype
+    model.save_pretrained(target)
+    if tokenizer is None:
+        return
+    config = model.config
+    image_processor = AutoImageProcessor.from_pretrained(vision_tower)
+    if original_config.get("image_aspect_ratio") == "pad":
+        settings = image_processor.to_dict()
+        kept = ("size", "crop_size", "image_mean", "image_std", "resample", "do_center_crop")
+        image_processor = transformers.LlavaImageProcessor(
+            do_pad=True, **{name: settings[name] for name in kept if settings.get(name) is not None}
+        )
+    LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        image_token=IMAGE_TOKEN,
+        num_additional_image_tokens=int(config.vision_config.model_type == "clip_vision_model"),
+    ).save_pretrained(target)
+    conversion.notes.append("No chat template: the processor expects a finished prompt with <image> in it.")
+
+
+def main() -> None:
+    """Convert from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="folder of the original checkpoint")
+    parser.add_argument("target", nargs="?", help="folder to write")
+    parser.add_argument("--vision_tower", help="folder or Hub name; default: the one that the original names")
+    parser.add_argument("--image_token_index", type=int)
+    parser.add_argument("--released_routing", action="store_true", help="capacity by position and Gumbel noise")
+    parser.add_argument("--dry_run", action="store_true", help="check every tensor and write nothing")
+    options = vars(parser.parse_args())
+    try:
+        print(convert(options.pop("source"), options.pop("target"), **options))
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

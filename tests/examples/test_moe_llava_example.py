@@ -1,0 +1,108 @@
+"""The MoE-LLaVA example runs from end to end in its small setting, and its evaluation scores what it wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean
+
+import pytest
+import torch
+from datasets import Dataset, Features, Image, List, Value
+from transformers import AutoModelForImageTextToText
+
+import peft_moe  # noqa: F401
+
+
+pytestmark = pytest.mark.slow
+FOLDER = Path(__file__).resolve().parents[2] / "examples" / "moe_llava"
+SIZE = ["--small", "--share_of_steps", "0.15", "--eval_questions", "32", "--batch_size", "16"]
+
+
+def run(script: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(FOLDER / script), *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
+    assert not check or result.returncode == 0, result.stderr[-3000:]
+    return result
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("moe_llava") / "run"
+    run("train.py", *SIZE, "--output_dir", output)
+    return output
+
+
+def test_the_loss_falls_and_the_last_stage_trains_experts(finished):
+    report = json.loads((finished / "report.json").read_text())
+    assert report["I"]["trainable"]["experts"] == report["II"]["trainable"]["experts"] == 0
+    assert report["I"]["trainable"]["attention"] == report["III"]["trainable"]["attention"] == 0
+    assert report["III"]["trainable"]["routers"] > 0
+    assert mean(report["II"]["losses"]) < 0.8 * mean(report["I"]["losses"])
+    assert mean(report["III"]["losses"]) < mean(report["II"]["losses"])
+
+
+def test_experts_differ_after_stage_three(finished):
+    model = AutoModelForImageTextToText.from_pretrained(finished / "stage_III")
+    assert type(model).__name__ == "MoeLlavaForConditionalGeneration"
+    weight = model.model.language_model.layers[0].mlp.experts.down_proj
+    assert weight.shape[0] == 4
+    assert not torch.equal(weight[0], weight[1])
+
+
+def test_an_interrupted_run_goes_on_after_its_last_finished_stage(finished):
+    report_file = finished / "report.json"
+    report = json.loads(report_file.read_text())
+    report_file.write_text(json.dumps({name: value for name, value in report.items() if name != "III"}))
+    printed = run("train.py", *SIZE, "--output_dir", finished).stdout
+    assert "Stage I is finished" in printed
+    assert "Stage II is finished" in printed
+    assert json.loads(report_file.read_text())["III"]["losses"] == pytest.approx(report["III"]["losses"], rel=0.5)
+
+
+def test_other_settings_do_not_mix_with_an_earlier_run(finished):
+    result = run("train.py", *SIZE, "--num_experts", "2", "--output_dir", finished, check=False)
+    assert result.returncode != 0
+    assert "use --restart" in result.stderr
+
+
+def test_evaluation_scores_easy_vqa(finished, tmp_path):
+    run("evaluate_vqa.py", "--model", finished / "stage_III", "--limit", "8", "--output_dir", tmp_path)
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["num_questions"] == 8
+    assert 0 <= scores["vqa_accuracy"] <= 1
+    assert len((tmp_path / "predictions.jsonl").read_text().splitlines()) == 8
+
+
+def test_evaluation_takes_another_data_set_with_several_answers(finished, tmp_path):
+    rows = {
+        "picture": [{"bytes": picture_bytes(), "path": None}] * 3,
+        "asked": ["what color is the shape?"] * 3,
+        "answers": [["red"] * 10] * 3,
+    }
+    columns = {"picture": Image(), "asked": Value("string"), "answers": List(Value("string"))}
+    Dataset.from_dict(rows, features=Features(columns)).to_parquet(tmp_path / "rows.parquet")
+    names = ["--image_column", "picture", "--question_column", "asked", "--answer_column", "answers"]
+    files = ["--dataset", tmp_path / "rows.parquet", "--output_dir", tmp_path]
+    run("evaluate_vqa.py", "--model", finished / "stage_III", *files, *names)
+    assert json.loads((tmp_path / "scores.json").read_text())["num_questions"] == 3
+
+
+def test_a_missing_column_is_named(finished, tmp_path):
+    arguments = ["--model", finished / "stage_III", "--answer_column", "answers", "--output_dir", tmp_path]
+    result = run("evaluate_vqa.py", *arguments, check=False)
+    assert "no columns ['answers'], but ['image', 'question', 'answer', 'image_id']" in result.stderr
+
+
+def picture_bytes() -> bytes:
+    import io
+
+    from PIL import Image as Pictures
+
+    buffer = io.BytesIO()
+    Pictures.new("RGB", (64, 64), (200, 30, 60)).save(buffer, format="PNG")
+    return buffer.getvalue()
