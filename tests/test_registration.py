@@ -12,11 +12,15 @@ from peft.mapping import (
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
 
-from peft_moe import MoLEConfig, MoLEModel
+from peft_moe import MoCLEConfig, MoCLEModel, MoExtendConfig, MoExtendModel, MoLEConfig, MoLEModel
 from peft_moe.tuners.registration import peft_type, register_tuner
 
 
-TUNERS = {"MOLE": (MoLEConfig, MoLEModel)}
+TUNERS = {
+    "MOLE": (MoLEConfig, MoLEModel),
+    "MOCLE": (MoCLEConfig, MoCLEModel),
+    "MOEXTEND": (MoExtendConfig, MoExtendModel),
+}
 every_tuner = pytest.mark.parametrize("name", TUNERS)
 
 

@@ -226,6 +226,8 @@ def test_compiled_model_is_one_graph(case):
 @one_case_per_tuner
 @pytest.mark.parametrize("device_map", [{"": "cpu"}, "disk"], ids=["cpu", "disk-offload"])
 def test_device_map_changes_no_output(case, device_map, tmp_path, monkeypatch):
+    if device_map == "disk" and not case.adapts_linears:
+        pytest.skip("PEFT does not find Mixtral's experts, which transformers saves under other names; nor with LoRA")
     monkeypatch.chdir(tmp_path)  # PEFT writes its offload index to a relative path
     case.model().save_pretrained(tmp_path / "base")
     adapted = case.wrap()

@@ -11,9 +11,10 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
-from peft_moe import MoCLEConfig, MoLEConfig
+from peft_moe import MoCLEConfig, MoExtendConfig, MoLEConfig
 from peft_moe.tuners.mocle.config import RELEASED_CODE
 from tiny_models import tiny_llama, token_batch
+from tiny_moe import FAMILIES
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class TunerCase:
         model (`Callable`): makes the base model.
         batch (`Callable`): makes its input, with labels.
         float32_parts (`tuple[str, ...]`): parameters that stay float32 in any model, by a part of their name.
+        adapts_linears (`bool`): whether linears are adapted, and not whole blocks.
         router_inputs (`tuple[str, ...]`): what of the batch is for the routers only, and `generate` needs as well.
     """
 
@@ -39,6 +41,7 @@ class TunerCase:
     model: Callable[..., nn.Module] = tiny_llama
     batch: Callable[..., dict[str, Any]] = token_batch
     float32_parts: tuple[str, ...] = ("_router.",)
+    adapts_linears: bool = True
     router_inputs: tuple[str, ...] = ()
 
     def for_routers(self) -> dict[str, Any]:
@@ -86,6 +89,17 @@ def clustered_batch(batch_size: int = 2, *args: Any, **kwargs: Any) -> dict[str,
     return {**token_batch(batch_size, *args, **kwargs), "cluster_ids": torch.arange(batch_size) % 6}
 
 
+def moextend(**settings: Any) -> Callable[..., MoExtendConfig]:
+    """A maker of configurations."""
+    defaults = {"init": "zero_gate", "task_type": "CAUSAL_LM"}
+    return lambda **overrides: MoExtendConfig(**{**defaults, **settings, **overrides})
+
+
+def tiny_mixtral(**overrides: Any) -> nn.Module:
+    """A mixture of experts whose routers are far from ties."""
+    return FAMILIES[0].build(**overrides)
+
+
 CLUSTERED = {
     "batch": clustered_batch,
     "float32_parts": ("_gate.", "_embedding."),
@@ -105,6 +119,26 @@ CASES = [
         mocle(**{**RELEASED_CODE, "gate_noise_std": 0.0}),
         OTHER_MOCLE,
         **CLUSTERED,
+    ),
+]
+CASES += [
+    TunerCase(
+        "moextend",
+        "moextend",
+        moextend(),
+        moextend(num_new_experts={0: 2, 2: 1}),
+        model=tiny_mixtral,
+        float32_parts=("_calibration.",),
+        adapts_linears=False,
+    ),
+    TunerCase(
+        "moextend-low-rank",
+        "moextend",
+        moextend(expert_type="lora", r=2),
+        moextend(num_new_experts=2, init="mean_gate"),
+        model=tiny_mixtral,
+        float32_parts=("_calibration.",),
+        adapts_linears=False,
     ),
 ]
 

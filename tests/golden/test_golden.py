@@ -17,8 +17,9 @@ import torch
 from peft import get_peft_model
 
 import peft_moe
-from peft_moe import InstructionClusterer, MoCLEConfig, MoLEConfig
+from peft_moe import InstructionClusterer, MoCLEConfig, MoExtendConfig, MoLEConfig
 from tiny_models import tiny_llama
+from tiny_moe import FAMILIES
 
 
 FOLDER = Path(__file__).parent
@@ -51,10 +52,19 @@ MODELS = {
     "mocle_released_code": lambda: get_peft_model(
         tiny_llama(num_hidden_layers=1), MoCLEConfig.released_code(num_clusters=3, r=2, task_type="CAUSAL_LM")
     ),
+    "moextend": lambda: get_peft_model(
+        FAMILIES[0].build(num_hidden_layers=2),
+        MoExtendConfig(num_new_experts={1: 2}, copy_sources={1: 3}, calibration="paper", task_type="CAUSAL_LM"),
+    ),
+    "moextend_low_rank": lambda: get_peft_model(
+        FAMILIES[0].build(num_hidden_layers=1),
+        MoExtendConfig(copy_sources={0: 0}, init="copy_guarded", expert_type="lora", r=2, task_type="CAUSAL_LM"),
+    ),
 }
 CONFIGS = {
     "mole": lambda: MoLEConfig(target_modules=["up_proj"], lora_target_modules=["q_proj"]),
     "mocle": lambda: MoCLEConfig.from_clusterer(CLUSTERER, target_modules=["up_proj"]),
+    "moextend": lambda: MoExtendConfig(num_new_experts={3: 1}, copy_sources={3: 2}),
 }
 
 

@@ -11,12 +11,14 @@ from .mocle import (
     export_all,
     export_cluster_lora,
 )
+from .moextend import MoExtendConfig, MoExtendModel
 from .mole import MoLEConfig, MoLEModel
 from .registration import register_tuner
 
 
 register_tuner("mole", config_cls=MoLEConfig, model_cls=MoLEModel)
 register_tuner("mocle", config_cls=MoCLEConfig, model_cls=MoCLEModel)
+register_tuner("moextend", config_cls=MoExtendConfig, model_cls=MoExtendModel)
 
 __all__ = [
     "ClusterAdapterRouter",
@@ -24,6 +26,8 @@ __all__ = [
     "InstructionClusterer",
     "MoCLEConfig",
     "MoCLEModel",
+    "MoExtendConfig",
+    "MoExtendModel",
     "MoLEConfig",
     "MoLEModel",
     "attach_encoder",

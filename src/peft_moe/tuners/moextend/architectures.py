@@ -1,0 +1,150 @@
+"""Finds the mixtures of experts of a model by their structure: stacked experts beside a router.
+
+Most families of transformers keep their experts as 3-D parameters in a child `experts`, and score them by one matrix in
+a sibling called `gate` or `router`. What departs from that is a row of a table here, or is refused with the reason.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..structure import base_of
+
+
+# children of a block, by name
+EXPERTS_NAME = "experts"
+ROUTER_NAMES = ("gate", "router")
+# attributes of modules and configurations that count experts
+COUNT_NAMES = (
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "moe_num_experts",
+    "num_routed_experts",
+    "out_features",
+)
+# attributes of routers that choose some of several groups of experts first
+GROUP_NAMES = ("num_group", "n_group")
+# attributes of routers that hold the width of what they read
+WIDTH_NAMES = ("hidden_dim", "hidden_size", "in_features", "dim")
+
+
+@dataclass(frozen=True)
+class MoeBlock:
+    """A mixture of experts in a model.
+
+    Args:
+        name (`str`): of the block.
+        layer (`int`): the layer that it is in, counted as in the model.
+        router (`str`), experts (`str`): full names of the two modules.
+        num_experts (`int`): of the base model (E).
+        correction (`str`, *optional*): full name of a tensor `(E,)` that the block hands to its router with each call.
+    """
+
+    name: str
+    layer: int
+    router: str
+    experts: str
+    num_experts: int
+    correction: str | None = None
+
+
+def find_moe_blocks(model: nn.Module) -> tuple[dict[int, MoeBlock], list[str]]:
+    """The mixtures of experts of a model by layer, and a sentence for each that cannot be extended."""
+    blocks: dict[int, MoeBlock] = {}
+    refused = []
+    for name, module in model.named_modules():
+        children = dict(module.named_children())
+        if EXPERTS_NAME not in children or f".{EXPERTS_NAME}" in name:
+            continue
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        found = _read_block(name, {child: base_of(entry) for child, entry in children.items()}, dict(own))
+        if isinstance(found, str):
+            refused.append(found)
+        elif found.layer in blocks:
+            refused.append(
+                f"'{name}': layer {found.layer} has a mixture of experts in '{blocks[found.layer].name}' already, so the "
+                "number does not say which one is meant."
+            )
+        else:
+            blocks[found.layer] = found
+    return blocks, refused
+
+
+def _read_block(name: str, children: dict[str, nn.Module], own: dict[str, torch.Tensor]) -> MoeBlock | str:
+    """The block of this name with these children and tensors, or the reason why it cannot be extended."""
+    numbers = [int(part) for part in name.split(".") if part.isdecimal()]
+    if not numbers:
+        return f"'{name}' is in no list of layers, so that no number names it."
+    num_experts = count_stacked(children[EXPERTS_NAME])
+    if isinstance(num_experts, str):
+        return f"'{name}.{EXPERTS_NAME}' ({type(children[EXPERTS_NAME]).__name__}) {num_experts}"
+    router_name = next((router for router in ROUTER_NAMES if router in children), None)
+    if router_name is None:
+        return f"'{name}' has stacked experts, but no router beside them that is called {' or '.join(ROUTER_NAMES)}."
+    problem = _router_problem(children[router_name], num_experts)
+    if problem:
+        return f"'{name}.{router_name}' ({type(children[router_name]).__name__}) {problem}"
+    corrections = [f"{name}.{tensor_name}" for tensor_name, tensor in own.items() if tensor.shape == (num_experts,)]
+    if len(corrections) > 1:
+        return f"'{name}' has several tensors with an entry for each expert ({', '.join(corrections)})."
+    return MoeBlock(
+        name,
+        numbers[0],
+        f"{name}.{router_name}",
+        f"{name}.{EXPERTS_NAME}",
+        num_experts,
+        corrections[0] if corrections else None,
+    )
+
+
+def count_stacked(experts: nn.Module) -> int | str:
+    """How many experts a module of stacked experts holds, or what is wrong with it."""
+    parameters = dict(experts.named_parameters(recurse=False))
+    stacked = [parameter for parameter in parameters.values() if parameter.dim() == 3]
+    if len(stacked) < 2:
+        return "does not keep its experts as stacked 3-D parameters."
+    counts = {parameter.shape[0] for parameter in parameters.values()}
+    if len(counts) > 1:
+        return f"has parameters whose first axis differs ({sorted(counts)}), so that it is not the number of experts."
+    if any(True for child in experts.children() for _ in child.parameters()):
+        return "has children with parameters, which new experts would have to share or to copy."
+    if not all(parameter.is_floating_point() for parameter in parameters.values()):
+        return "is quantised, and a copy of an expert could not be trained. Load the base model without quantisation."
+    if getattr(experts, "_is_expert_parallel", False):
+        return "is spread over processes by expert parallelism. Load the base model without it."
+    return int(counts.pop())
+
+
+def gate_weight_name(router: nn.Module, num_experts: int) -> str | None:
+    """Name of the matrix `(E, D)` of a router, `None` if there is not exactly one."""
+    found = [n for n, p in router.named_parameters() if p.dim() == 2 and p.shape[0] == num_experts]
+    return found[0] if len(found) == 1 else None
+
+
+def _router_problem(router: nn.Module, num_experts: int) -> str | None:
+    if gate_weight_name(router, num_experts) is None:
+        shapes = {name: tuple(parameter.shape) for name, parameter in router.named_parameters()}
+        return f"has not exactly one matrix with {num_experts} rows, one for each expert, but {shapes}."
+    return None
+
+
+def per_expert_tensors(router: nn.Module, num_experts: int) -> dict[str, Any]:
+    """Everything in a router that has one entry for each expert: the matrix, biases, corrections; name → (tensor, axis)."""
+    weight_name = gate_weight_name(router, num_experts)
+    found: dict[str, Any] = {}
+    for name, tensor in [*router.named_parameters(), *router.named_buffers()]:
+        if name == weight_name:
+            found[name] = (tensor, 0)
+        elif tensor.numel() == num_experts and tensor.dim() >= 1 and tensor.shape[-1] == num_experts:
+            found[name] = (tensor, tensor.dim() - 1)
+    return found
+
+
+def num_groups(router: nn.Module) -> int:
+    """How many groups of experts a router chooses from first; 1 if there are none."""
+    return next((getattr(router, name) for name in GROUP_NAMES if isinstance(getattr(router, name, None), int)), 1)

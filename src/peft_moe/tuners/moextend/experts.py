@@ -1,0 +1,125 @@
+"""New experts: a module of the family's own class that holds only them."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from .architectures import COUNT_NAMES
+
+
+def empty_experts(base: nn.Module, num_new: int, *, device: torch.device | str | None = None) -> nn.Module:
+    """A module like `base`, but for `num_new` experts and with parameters that are not filled.
+
+    Layout, biases, activation and the choice of an implementation are those of the family. Settings are shared with
+    `base`, so that `set_experts_implementation` reaches both.
+    """
+    experts = copy.copy(base)
+    experts.__dict__ = dict(base.__dict__)
+    for name in list(experts.__dict__):
+        if name.endswith("_hooks") or "_hooks_" in name:
+            experts.__dict__[name] = OrderedDict() if isinstance(experts.__dict__[name], OrderedDict) else None
+    experts._modules = dict(base._modules)
+    experts._buffers = dict(base._buffers)
+    experts._parameters = {}
+    count = next(iter(base._parameters.values())).shape[0]  # type: ignore[union-attr]
+    for name in COUNT_NAMES:
+        if experts.__dict__.get(name) == count:
+            experts.__dict__[name] = num_new
+    for name, parameter in base.named_parameters(recurse=False):
+        shape = (num_new, *parameter.shape[1:])
+        data = torch.empty(shape, dtype=parameter.dtype, device=device or parameter.device)
+        experts.register_parameter(name, nn.Parameter(data))
+    return experts
+
+
+def copied_experts(base: nn.Module, sources: list[int]) -> nn.Module:
+    """New experts as full FFNs, each a copy of its source."""
+    experts = empty_experts(base, len(sources))
+    with torch.no_grad():
+        for name, parameter in experts.named_parameters(recurse=False):
+            source = getattr(base, name)
+            if not parameter.is_meta and not source.is_meta:
+                parameter.copy_(source[sources])
+    return experts
+
+
+class LowRankExperts(nn.Module):
+    """New experts as the frozen source plus `scaling · B A`; biases get a difference of their own size.
+
+    Keys of a saved adapter, for each stacked parameter `name` `(E, rows, columns)` of the family: `name_A` `(N, R, columns)`
+    and `name_B` `(N, rows, R)`; for each bias `name` `(E, rows)`: `name_delta` `(N, rows)`.
+
+    Args:
+        base (`nn.Module`): the experts of the base model; only read.
+        sources (`list[int]`): which expert each new one differs from.
+        r (`int`): rank (R).
+        lora_alpha (`float`): the difference is scaled by `lora_alpha / r`.
+    """
+
+    def __init__(self, base: nn.Module, sources: list[int], *, r: int, lora_alpha: float) -> None:
+        super().__init__()
+        self.sources = sources
+        self.scaling = lora_alpha / r
+        # in tuples, because they are no children: one belongs to the base model, the other has no values
+        self._base = (base,)
+        self._empty = (empty_experts(base, len(sources), device="meta"),)
+        num_new = len(sources)
+        for name, parameter in base.named_parameters(recurse=False):
+            settings: dict[str, Any] = {"dtype": parameter.dtype, "device": parameter.device}
+            if parameter.dim() != 3:
+                self._add(f"{name}_delta", torch.zeros(num_new, *parameter.shape[1:], **settings))
+                continue
+            _, rows, columns = parameter.shape
+            A = torch.empty(num_new, r, columns, **settings)
+            if not A.is_meta:
+                nn.init.uniform_(A, -1 / math.sqrt(columns), 1 / math.sqrt(columns))
+            self._add(f"{name}_A", A)
+            self._add(f"{name}_B", torch.zeros(num_new, rows, r, **settings))
+
+    def _add(self, name: str, values: torch.Tensor) -> None:
+        self.register_parameter(name, nn.Parameter(values))
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The experts in full, by the names of the family's parameters."""
+        found = {}
+        for name, parameter in self._base[0].named_parameters(recurse=False):
+            if len(self.sources) == 1:
+                source = parameter[self.sources[0] : self.sources[0] + 1]
+            else:
+                source = parameter[self.sources]
+            if parameter.dim() == 3:
+                difference = self.scaling * torch.bmm(getattr(self, f"{name}_B"), getattr(self, f"{name}_A"))
+            else:
+                difference = getattr(self, f"{name}_delta")
+            found[name] = source + difference.to(source.dtype)
+        return found
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the experts compute in."""
+        return next(self._base[0].parameters()).dtype
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """`(T, D)` → `(T, D)`, as the experts of the family."""
+        return functional_call(self._empty[0], self.weights(), (hidden_states, top_k_index, top_k_weights))  # type: ignore[no-any-return]
+
+
+def dtype_of(experts: nn.Module) -> torch.dtype:
+    """What new experts compute in."""
+    return experts.dtype if isinstance(experts, LowRankExperts) else next(experts.parameters()).dtype
+
+
+def full_weights(experts: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters of new experts in full, by the names of the family."""
+    if isinstance(experts, LowRankExperts):
+        return experts.weights()
+    return dict(experts.named_parameters(recurse=False))

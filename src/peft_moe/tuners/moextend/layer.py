@@ -1,0 +1,331 @@
+"""The two layers of an extended mixture of experts: its router and its experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ...aux_loss import AuxLoss
+from ...recording import RoutingRecorder
+from ...routing import RouterOutput
+from ..base import refuse_reentrant_checkpointing_under_ddp
+from .architectures import MoeBlock, gate_weight_name
+from .calibration import Calibration, measure_scoring
+from .config import MoExtendConfig
+from .experts import LowRankExperts, copied_experts, dtype_of
+from .gate import GateRows
+from .routing import Routing, read_routing, returns_probabilities, route
+
+
+class MoExtendLayer(nn.Module, BaseTunerLayer):
+    """What both layers share: which adapters act here.
+
+    Args:
+        base_layer (`nn.Module`): router or experts of the base model.
+        block (`MoeBlock`): where that is.
+    """
+
+    prefix = "moextend_"
+    other_param_names: tuple[str, ...] = ("num_new",)
+
+    def __init__(self, base_layer: nn.Module, block: MoeBlock) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.block = block
+        self.num_new: dict[str, int] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+
+    def acting(self) -> list[str]:
+        """The active adapters that have new experts here, in the order of their experts."""
+        if self.disable_adapters:
+            return []
+        return [name for name in self.active_adapters if name in self.num_new]
+
+    def finish(self, adapter_name: str, config: MoExtendConfig) -> None:
+        """Called at the end of adding an adapter."""
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
+        """Those of the first parameter: PEFT looks for a `weight`, which experts do not have."""
+        parameter = next(base_layer.parameters())
+        return parameter.device, parameter.dtype
+
+    def refuse_replica(self) -> None:
+        """Raise under `nn.DataParallel`, whose replicas would share the routing of one model."""
+        if "_is_replica" in self.__dict__:
+            raise RuntimeError(
+                f"{type(self).__name__} does not support nn.DataParallel, which Trainer uses when one process sees "
+                "several GPUs: its replicas would share the routing of one model. Launch with `accelerate launch` or "
+                "`torchrun`, or make a single GPU visible with CUDA_VISIBLE_DEVICES."
+            )
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Raise `ValueError`: the tensors of the base model would need another shape."""
+        raise ValueError(MERGE_IN_PLACE_IS_IMPOSSIBLE)
+
+    def unmerge(self) -> None:
+        """Nothing is ever merged in place."""
+
+    def __repr__(self) -> str:
+        return "moextend." + super().__repr__()
+
+
+MERGE_IN_PLACE_IS_IMPOSSIBLE = (
+    "New experts need larger tensors than the base model has, so they cannot be merged in place. Use merge_and_unload(), "
+    "which returns an enlarged model; or keep the adapter."
+)
+
+
+class MoExtendRouter(MoExtendLayer):
+    """The router of the base model with further rows; its own code chooses among all experts."""
+
+    adapter_layer_names: tuple[str, ...] = ("moextend_gate", "moextend_calibration")
+
+    def __init__(self, base_layer: nn.Module, block: MoeBlock, recorder: RoutingRecorder, aux_loss: AuxLoss) -> None:
+        super().__init__(base_layer, block)
+        self.recorder = recorder
+        self.aux_loss = aux_loss
+        self.is_probability = returns_probabilities(base_layer, block)
+        self.moextend_gate = nn.ModuleDict()
+        self.moextend_calibration = nn.ModuleDict()
+
+    def update_layer(
+        self, adapter_name: str, config: MoExtendConfig, *, correction: torch.Tensor | None = None
+    ) -> None:
+        """Add an adapter, or replace one of the same name; `correction` is that of the block."""
+        for container in (self.moextend_gate, self.moextend_calibration):
+            if adapter_name in container:
+                del container[adapter_name]
+        sources = config.sources_in(self.block.layer)
+        num_experts = self.block.num_experts
+        self.num_new[adapter_name] = len(sources)
+        self.moextend_gate[adapter_name] = GateRows(
+            self.base_layer,
+            num_experts,
+            sources=sources,
+            init=config.init,
+            guard_offset=config.guard_offset,
+            correction=correction,
+        )
+        if config.calibration is not None:
+            self.moextend_calibration[adapter_name] = self._new_calibration(config, num_experts + len(sources))
+        self.finish(adapter_name, config)
+
+    def _new_calibration(self, config: MoExtendConfig, num_experts: int) -> Calibration:
+        in_features, scoring = num_experts, None
+        if config.calibration == "paper":
+            name = gate_weight_name(self.base_layer, self.block.num_experts)
+            in_features = self.base_layer.get_parameter(name).shape[-1]  # type: ignore[arg-type]
+        else:
+            scoring = measure_scoring(self.base_layer, self.block)
+        return Calibration(
+            config.calibration,  # type: ignore[arg-type]
+            scoring,
+            in_features=in_features,
+            calibration_dim=config.calibration_dim,
+            num_experts=num_experts,
+        )
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What the router of the base model returns, for all experts: new ones come after the old ones."""
+        names = self.acting()
+        if not names:
+            return self.base_layer(hidden_states, *args, **kwargs)
+        self.refuse_replica()
+        gates = [self.moextend_gate[name] for name in names]
+        output = route(
+            self.base_layer,
+            [gate() for gate in gates],
+            hidden_states,
+            *(self._with_corrections(argument, gates) for argument in args),
+            num_experts=self.block.num_experts,
+            offset=_offsets(gates),
+            **{name: self._with_corrections(argument, gates) for name, argument in kwargs.items()},
+        )
+        num_experts = self.block.num_experts + sum(self.num_new[name] for name in names)
+        routing = read_routing(output, num_experts, is_probability=self.is_probability)
+        if isinstance(routing, str):
+            raise RuntimeError(f"'{self.block.router}' {routing}. MoExtend does not know this router.")
+        _check_finite(routing.router_logits, self.block.router, names)
+        weights = self._calibrated(names, hidden_states, routing)
+        return routing.with_weights(self._balanced(names[0], routing, weights, hidden_states.shape[:-1]))
+
+    def _with_corrections(self, argument: Any, gates: list[GateRows]) -> Any:
+        """An argument of the router; the correction of the block gets entries for the new experts."""
+        if self.block.correction is None or not isinstance(argument, torch.Tensor) or argument.dim() != 1:
+            return argument
+        return torch.cat([argument, *(gate.correction.to(argument.dtype) for gate in gates)])
+
+    def _calibrated(self, names: list[str], hidden_states: torch.Tensor, routing: Routing) -> torch.Tensor:
+        calibrated = [name for name in names if name in self.moextend_calibration]
+        if not calibrated:
+            return routing.top_k_weights
+        if len(names) > 1:
+            raise RuntimeError(
+                f"The adapters {names} are active together, but {calibrated[0]!r} has a calibration, which was made for "
+                "its own experts alone. Activate one of them, or train with calibration=None."
+            )
+        weights: torch.Tensor = self.moextend_calibration[calibrated[0]](hidden_states, routing)
+        _check_finite(weights, f"{self.block.router} (calibration)", names)
+        return weights
+
+    def _balanced(self, adapter_name: str, routing: Routing, weights: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        """The weights unchanged, with the load-balancing loss hung on them."""
+        is_training = self.training and adapter_name in self.aux_loss.functions
+        logits = routing.router_logits.reshape(-1, routing.router_logits.shape[-1])
+        index = routing.top_k_index.reshape(-1, routing.top_k_index.shape[-1])
+        if self.recorder.needs_record(is_training=is_training):
+            self.recorder.record(
+                adapter_name,
+                self.block.name,
+                RouterOutput(logits, index, weights),
+                shape=shape,
+                is_training=is_training,
+            )
+        if not self.training:
+            return weights
+        if not torch.compiler.is_compiling():
+            refuse_reentrant_checkpointing_under_ddp(self.recorder)
+        return self.aux_loss.inject(
+            weights,
+            logits,
+            index,
+            recorder=self.recorder,
+            adapter_name=adapter_name,
+            router_name=self.block.name,
+            shape=shape,
+        )
+
+
+def _offsets(gates: list[GateRows]) -> torch.Tensor | None:
+    if all(gate.offset is None for gate in gates):
+        return None
+    return torch.cat(
+        [
+            next(gate.parameters()).new_zeros(len(next(gate.parameters()))) if gate.offset is None else gate.offset
+            for gate in gates
+        ]
+    )
+
+
+def _check_finite(values: torch.Tensor, name: str, adapters: list[str]) -> None:
+    """Stop where the model diverged, and not where an index made of NaN strikes; on a GPU without waiting for it."""
+    if torch.compiler.is_compiling() or values.is_meta:
+        return
+    is_finite = torch.isfinite(values.sum())
+    message = (
+        f"'{name}' (adapter {', '.join(adapters)}) gave values that are not finite. The hidden states or the adapter "
+        "contain NaN or infinity: lower the learning rate, clip gradients, or check the checkpoint."
+    )
+    if values.device.type == "cpu":
+        if not is_finite:
+            raise FloatingPointError(message)
+    elif values.is_cuda:
+        torch._assert_async(is_finite, message)
+
+
+class MoExtendExperts(MoExtendLayer):
+    """The experts of the base model, beside them the new ones; each computes its own tokens only."""
+
+    adapter_layer_names: tuple[str, ...] = ("moextend_experts",)
+
+    def __init__(self, base_layer: nn.Module, block: MoeBlock) -> None:
+        super().__init__(base_layer, block)
+        self.moextend_experts = nn.ModuleDict()
+
+    def update_layer(self, adapter_name: str, config: MoExtendConfig) -> None:
+        """Add an adapter, or replace one of the same name."""
+        if adapter_name in self.moextend_experts:
+            del self.moextend_experts[adapter_name]
+        sources = config.sources_in(self.block.layer)
+        self.num_new[adapter_name] = len(sources)
+        if config.expert_type == "lora":
+            experts = LowRankExperts(self.base_layer, sources, r=config.r, lora_alpha=config.lora_alpha)
+        else:
+            experts = copied_experts(self.base_layer, sources)
+        self.moextend_experts[adapter_name] = experts
+        self.finish(adapter_name, config)
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """`(T, D)` → `(T, D)`: the weighted sum over old and new experts.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(T, D)`)
+            top_k_index (`torch.Tensor` of shape `(T, K)`, int64): new experts come after the E old ones.
+            top_k_weights (`torch.Tensor` of shape `(T, K)`)
+        """
+        names = self.acting()
+        if not names:
+            return self.base_layer(hidden_states, top_k_index, top_k_weights)  # type: ignore[no-any-return]
+        start = self.block.num_experts
+        if torch.compiler.is_compiling():
+            # shapes must not depend on the routing: all tokens go everywhere, with weight 0 where they do not belong
+            is_old = top_k_index < start
+            output = self.base_layer(hidden_states, top_k_index.where(is_old, 0), top_k_weights.where(is_old, 0))
+        else:
+            output = self._old_experts(hidden_states, top_k_index, top_k_weights)
+        for name in names:
+            end = start + self.num_new[name]
+            is_mine = (top_k_index >= start) & (top_k_index < end)
+            experts = self.moextend_experts[name]
+            if torch.compiler.is_compiling():
+                new = experts(
+                    hidden_states.to(dtype_of(experts)),
+                    (top_k_index - start).where(is_mine, 0),
+                    top_k_weights.where(is_mine, 0).to(dtype_of(experts)),
+                )
+                output = output + new.to(output.dtype)
+            else:
+                output = self._add_new(output, experts, hidden_states, top_k_index - start, top_k_weights, is_mine)
+            start = end
+        return output
+
+    def _old_experts(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Tokens without a new expert as in the base model, of the others only the pairs with an old expert."""
+        is_old = top_k_index < self.block.num_experts
+        is_untouched = is_old.all(dim=-1)
+        untouched = is_untouched.nonzero().squeeze(-1)
+        if untouched.numel() == top_k_index.shape[0]:
+            return self.base_layer(hidden_states, top_k_index, top_k_weights)  # type: ignore[no-any-return]
+        output = torch.zeros_like(hidden_states)
+        if untouched.numel():
+            base = self.base_layer(hidden_states[untouched], top_k_index[untouched], top_k_weights[untouched])
+            output = output.index_add(0, untouched, base.to(output.dtype))
+        token, slot = (is_old & ~is_untouched.unsqueeze(-1)).nonzero(as_tuple=True)
+        if token.numel():
+            pairs = top_k_index[token, slot, None], top_k_weights[token, slot, None]
+            output = output.index_add(0, token, self.base_layer(hidden_states[token], *pairs).to(output.dtype))
+        return output
+
+    def _add_new(
+        self,
+        output: torch.Tensor,
+        experts: nn.Module,
+        hidden_states: torch.Tensor,
+        index: torch.Tensor,
+        weights: torch.Tensor,
+        is_mine: torch.Tensor,
+    ) -> torch.Tensor:
+        token, slot = is_mine.nonzero(as_tuple=True)
+        is_idle = token.numel() == 0
+        if is_idle:
+            if not (self.training and torch.is_grad_enabled() and index.shape[0]):
+                return output
+            # one token with weight 0: each rank of a distributed run takes part in every expert's gradient
+            token = slot = torch.zeros(1, dtype=torch.int64, device=index.device)
+            index = torch.zeros_like(index)
+        weight = weights[token, slot, None]
+        dtype = dtype_of(experts)
+        new = experts(
+            hidden_states[token].to(dtype), index[token, slot, None], (weight * 0 if is_idle else weight).to(dtype)
+        )
+        return output.index_add(0, token, new.to(output.dtype))

@@ -1,0 +1,121 @@
+"""Lets `output_router_logits=True` past the model's own load-balancing loss, which counts the same experts everywhere.
+
+The backbone returns the logits of all layers, of different widths. The head, which would stack them, is told that nobody
+asked; its `aux_loss` is then that of the extended layers, as a number. It reaches backward by `aux_loss.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...losses import load_balancing_loss
+from ...recording import ForwardPass, RoutingRecorder
+from .layer import MoExtendRouter
+
+
+FLAG = "output_router_logits"
+
+
+class _Request:
+    """Whether the running call asked for router logits; a listener of the recorder while it did.
+
+    Args:
+        recorder (`RoutingRecorder`): of the model.
+    """
+
+    def __init__(self, recorder: RoutingRecorder) -> None:
+        self.recorder = recorder
+        self.is_asked = False
+        self.aux_loss: torch.Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"recorder": self.recorder, "is_asked": False, "aux_loss": None}
+
+    def __call__(self, forward_pass: ForwardPass) -> None:
+        """Called by the recorder with the finished pass."""
+        by_router = next(iter(forward_pass.records.values()), {})
+        if by_router:
+            self.aux_loss = load_balancing_loss(list(by_router.values()))
+
+    def open(self) -> None:
+        """A call that asks begins."""
+        self.is_asked, self.aux_loss = True, None
+        self.recorder.listeners.append(self)
+
+    def close(self) -> None:
+        """It ends, perhaps by an exception."""
+        self.is_asked = False
+        if self in self.recorder.listeners:
+            self.recorder.listeners.remove(self)
+
+
+class _BeforeHead:
+    """Forward pre-hook of the model with the head."""
+
+    def __init__(self, request: _Request) -> None:
+        self.request = request
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        config = getattr(module, "config", None)
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        is_asked = kwargs.get(FLAG)
+        if is_asked is None:
+            is_asked = getattr(config, FLAG, False)
+        is_extended = (
+            any(isinstance(m, MoExtendRouter) and m.acting() for m in module.modules()) if is_asked else False
+        )
+        if not is_extended:
+            return None
+        self.request.open()
+        return args, {**kwargs, FLAG: False}
+
+
+class _BeforeBackbone:
+    """Forward pre-hook of the backbone."""
+
+    def __init__(self, request: _Request) -> None:
+        self.request = request
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return (args, {**kwargs, FLAG: True}) if self.request.is_asked else None
+
+
+class _AfterHead:
+    """Forward hook of the model with the head, called after the recorder's, and also when forward raised."""
+
+    def __init__(self, request: _Request) -> None:
+        self.request = request
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if self.request.is_asked:
+            self.request.close()
+            if isinstance(output, dict) and hasattr(output, "aux_loss") and self.request.aux_loss is not None:
+                output["aux_loss"] = self.request.aux_loss
+        return output
+
+
+def open_native_router_logits(model: nn.Module, recorder: RoutingRecorder) -> None:
+    """Install the hooks, unless they are there or `model` is a backbone without a head."""
+    backbone = getattr(model, "base_model", None)
+    is_open = any(isinstance(hook, _BeforeHead) for hook in model._forward_pre_hooks.values())
+    if is_open or not isinstance(backbone, nn.Module) or backbone is model:
+        return
+    request = _Request(recorder)
+    model.register_forward_pre_hook(_BeforeHead(request), with_kwargs=True)
+    model.register_forward_hook(_AfterHead(request), always_call=True)
+    backbone.register_forward_pre_hook(_BeforeBackbone(request), with_kwargs=True)
+
+
+def close_native_router_logits(model: nn.Module) -> None:
+    """Remove the hooks."""
+    backbone = getattr(model, "base_model", None)
+    for module in (model, backbone) if isinstance(backbone, nn.Module) and backbone is not model else (model,):
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for handle, hook in list(hooks.items()):
+                if isinstance(hook, _BeforeHead | _BeforeBackbone | _AfterHead):
+                    del hooks[handle]
+                    module._forward_pre_hooks_with_kwargs.pop(handle, None)
+                    module._forward_hooks_always_called.pop(handle, None)

@@ -1,0 +1,178 @@
+"""Runs a family's own router with more rows than it was made with; no routing is written again here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from .architectures import COUNT_NAMES, WIDTH_NAMES, MoeBlock, gate_weight_name, num_groups, per_expert_tensors
+
+
+NUM_PROBES = 16
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What a router of transformers returned, read by type and shape.
+
+    Args:
+        output (`tuple`): all of it.
+        router_logits (`torch.Tensor` of shape `(T, E)`)
+        top_k_weights (`torch.Tensor` of shape `(T, K)`)
+        top_k_index (`torch.Tensor` of shape `(T, K)`, int64)
+    """
+
+    output: tuple[Any, ...]
+    router_logits: torch.Tensor
+    top_k_weights: torch.Tensor
+    top_k_index: torch.Tensor
+
+    def with_weights(self, top_k_weights: torch.Tensor) -> tuple[Any, ...]:
+        """The output with other weights."""
+        return tuple(top_k_weights if entry is self.top_k_weights else entry for entry in self.output)
+
+
+def read_routing(output: Any, num_experts: int, *, is_probability: bool = False) -> Routing | str:
+    """Find logits, weights and choices in what a router returned, or say why they are not there.
+
+    With `is_probability` the first entry holds probabilities, and `router_logits` become their logarithm.
+    """
+    tensors = [entry for entry in output if isinstance(entry, torch.Tensor)] if isinstance(output, tuple) else []
+    indices = [entry for entry in tensors if not entry.is_floating_point()]
+    scores = [entry for entry in tensors if entry.is_floating_point()]
+    if len(indices) != 1 or len(scores) != 2:
+        return f"returns {_described(output)} instead of logits, weights and choices"
+    index = indices[0]
+    # logits come first, unless the shapes say that they do not
+    is_reversed = scores[0].shape == index.shape and scores[1].shape != index.shape
+    logits, weights = scores[::-1] if is_reversed else scores
+    if logits.shape[-1] != num_experts or weights.shape != index.shape:
+        return f"returns {_described(output)}, which is not a logit per expert ({num_experts}) and a weight per choice"
+    if is_probability:
+        logits = logits.float().clamp(min=torch.finfo(torch.float32).tiny).log()
+    return Routing(output, logits, weights, index)
+
+
+def _described(output: Any) -> str:
+    if not isinstance(output, tuple):
+        return type(output).__name__
+    parts = [
+        f"{str(e.dtype)[6:]} {tuple(e.shape)}" if isinstance(e, torch.Tensor) else type(e).__name__ for e in output
+    ]
+    return f"({', '.join(parts)})"
+
+
+@contextmanager
+def _counting(router: nn.Module, num_experts: int, num_new: int, width: int, extra_width: int) -> Iterator[None]:
+    """Within this context the router believes in more experts, and perhaps in a wider input."""
+    before = []
+    for module in router.modules():
+        for names, value, extra in ((COUNT_NAMES, num_experts, num_new), (WIDTH_NAMES, width, extra_width)):
+            for name in names:
+                if extra and module.__dict__.get(name) == value:
+                    before.append((module, name, value))
+                    module.__dict__[name] = value + extra
+    try:
+        yield
+    finally:
+        for module, name, value in before:
+            module.__dict__[name] = value
+
+
+def route(
+    router: nn.Module,
+    rows: list[dict[str, torch.Tensor]],
+    hidden_states: torch.Tensor,
+    *args: Any,
+    num_experts: int,
+    offset: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Call a router with further experts.
+
+    Args:
+        router (`nn.Module`): of the base model, for E experts; it is left as it was.
+        rows (`list[dict[str, torch.Tensor]]`): of each adapter, what to add to each tensor that has an entry for each
+            expert, by name.
+        hidden_states (`torch.Tensor` of shape `(..., D)`)
+        num_experts (`int`): E.
+        offset (`torch.Tensor` of shape `(N,)`, *optional*): added to the logits of the N new experts.
+    """
+    tensors = {}
+    weight_name = gate_weight_name(router, num_experts)
+    width = hidden_states.shape[-1]
+    for name, (tensor, axis) in per_expert_tensors(router, num_experts).items():
+        tensors[name] = torch.cat([tensor, *(entry[name].to(tensor.dtype) for entry in rows)], dim=axis)
+    assert weight_name is not None
+    num_new = tensors[weight_name].shape[0] - num_experts
+    if offset is not None:
+        # a constant input whose weight is the offset: the router adds it by itself, before it chooses
+        column = torch.cat([offset.new_zeros(num_experts), offset]).to(tensors[weight_name].dtype)
+        tensors[weight_name] = torch.cat([tensors[weight_name], column.unsqueeze(-1)], dim=-1)
+        ones = hidden_states.new_ones(*hidden_states.shape[:-1], 1)
+        hidden_states = torch.cat([hidden_states, ones], dim=-1)
+    with _counting(router, num_experts, num_new, width, 0 if offset is None else 1):
+        return functional_call(router, tensors, (hidden_states, *args), kwargs)
+
+
+def probe(
+    router: nn.Module, block: MoeBlock, num_new: int, *, is_random: bool = False, has_offset: bool = False
+) -> Routing | str:
+    """Run a router with `num_new` further experts on made-up weights and inputs, or say why that fails.
+
+    All of it is on the CPU and in float32, wherever the router is; without `is_random` everything is 0.
+    `has_offset` as in [`route`].
+    """
+    num_experts = block.num_experts
+    groups = num_groups(router)
+    if (num_experts + num_new) % groups:
+        return (
+            f"chooses among {groups} groups of equal size, which {num_experts} + {num_new} experts do not make. Choose "
+            f"num_new_experts so that the sum is a multiple of {groups}"
+        )
+    generator = torch.Generator().manual_seed(0)
+    weight_name = gate_weight_name(router, num_experts)
+    made_up = {
+        name: torch.zeros(tensor.shape) for name, tensor in [*router.named_parameters(), *router.named_buffers()]
+    }
+    assert weight_name is not None
+    width = made_up[weight_name].shape[-1]
+    x = torch.zeros(NUM_PROBES, width)
+    if is_random:
+        x.normal_(generator=generator)
+        made_up[weight_name].normal_(std=width**-0.5, generator=generator)
+    for name, (tensor, axis) in per_expert_tensors(router, num_experts).items():
+        shape = [num_new if i == axis else size for i, size in enumerate(tensor.shape)]
+        made_up[name] = torch.cat([made_up[name], torch.zeros(shape)], dim=axis)
+    if has_offset:
+        x = torch.zeros(NUM_PROBES, width + 1)
+        made_up[weight_name] = torch.zeros(num_experts + num_new, width + 1)
+    corrections = () if block.correction is None else (torch.zeros(num_experts + num_new),)
+    was_training = router.training
+    router.eval()
+    try:
+        with torch.no_grad(), _counting(router, num_experts, num_new, width, int(has_offset)):
+            try:
+                output = functional_call(router, made_up, (x, *corrections))
+            except ValueError:  # some read the shape of a batch
+                output = functional_call(router, made_up, (x[None], *corrections))
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        return f"cannot run with {num_experts} + {num_new} experts: {str(error).splitlines()[0]}"
+    finally:
+        router.train(was_training)
+    return read_routing(output, num_experts + num_new)
+
+
+def returns_probabilities(router: nn.Module, block: MoeBlock) -> bool:
+    """Whether a router returns probabilities where others return logits, as measured on random numbers."""
+    routing = probe(router, block, num_groups(router), is_random=True)
+    if isinstance(routing, str):
+        return False
+    sums = routing.router_logits.float().sum(dim=-1)
+    return bool((routing.router_logits >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-3)

@@ -1,0 +1,329 @@
+"""Tiny mixtures of experts with random weights, one per family of transformers; every size is a multiple of 8."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from packaging.version import Version
+from torch import nn
+
+
+NUM_EXPERTS = 4
+COMMON = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 16,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "num_experts_per_tok": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.2,
+}
+DEEPSEEK = {
+    "n_routed_experts": NUM_EXPERTS,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 0,
+    "n_group": 1,
+    "topk_group": 1,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "num_key_value_heads": 4,
+}
+
+
+@dataclass(frozen=True)
+class MoeFamily:
+    """One row.
+
+    Args:
+        name (`str`): the family, as transformers calls it.
+        config (`str`), model (`str`): class names in transformers.
+        settings (`dict`): what its configuration calls things.
+        moe_layers (`tuple[int, ...]`): layers with experts.
+        normalizes (`bool`): whether the weights of a token have the same sum whatever is chosen.
+        is_further (`bool`): whether it is tested only where time does not matter.
+        since (`str`): the version of transformers in which its router does all of the routing.
+        noise (`float`): how far runs with equal numbers at other addresses are apart.
+    """
+
+    name: str
+    config: str
+    model: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    moe_layers: tuple[int, ...] = (0, 1, 2)
+    normalizes: bool = True
+    noise: float = 0.0
+    is_further: bool = False
+    since: str = "5.10"
+
+    def make_config(self, **overrides: Any) -> transformers.PretrainedConfig:
+        """The configuration."""
+        return getattr(transformers, self.config)(**{**COMMON, **self.settings, **overrides})
+
+    def build(self, **overrides: Any) -> nn.Module:
+        """The model, always with the same weights, in evaluation mode and frozen. Routers are far from ties."""
+        torch.manual_seed(0)
+        model = getattr(transformers, self.model)(self.make_config(**overrides)).eval()
+        for name, parameter in model.named_parameters():
+            if name.endswith((".gate.weight", ".router.weight")):
+                nn.init.normal_(parameter, std=0.3)
+        return model.requires_grad_(False)
+
+
+FAMILIES = [
+    MoeFamily("mixtral", "MixtralConfig", "MixtralForCausalLM", {"num_local_experts": NUM_EXPERTS}),
+    MoeFamily(
+        "qwen2_moe",
+        "Qwen2MoeConfig",
+        "Qwen2MoeForCausalLM",
+        {"num_experts": NUM_EXPERTS, "shared_expert_intermediate_size": 16, "decoder_sparse_step": 1},
+        normalizes=False,
+    ),
+    MoeFamily(
+        "qwen3_moe",
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        {"num_experts": NUM_EXPERTS, "norm_topk_prob": True, "mlp_only_layers": [1]},
+        moe_layers=(0, 2),
+    ),
+    MoeFamily("olmoe", "OlmoeConfig", "OlmoeForCausalLM", {"num_experts": NUM_EXPERTS}, normalizes=False),
+    MoeFamily(
+        "granitemoe", "GraniteMoeConfig", "GraniteMoeForCausalLM", {"num_local_experts": NUM_EXPERTS}, since="5.23"
+    ),
+    MoeFamily("gpt_oss", "GptOssConfig", "GptOssForCausalLM", {"num_local_experts": NUM_EXPERTS}),
+    MoeFamily("phimoe", "PhimoeConfig", "PhimoeForCausalLM", {"num_local_experts": NUM_EXPERTS}, normalizes=False),
+    MoeFamily(
+        "deepseek_v2",
+        "DeepseekV2Config",
+        "DeepseekV2ForCausalLM",
+        {**DEEPSEEK, "topk_method": "greedy", "routed_scaling_factor": 1.5},
+        normalizes=False,
+        since="5.17",
+    ),
+    MoeFamily("deepseek_v3", "DeepseekV3Config", "DeepseekV3ForCausalLM", DEEPSEEK, since="5.17"),
+    MoeFamily(
+        "glm4_moe",
+        "Glm4MoeConfig",
+        "Glm4MoeForCausalLM",
+        {
+            "n_routed_experts": NUM_EXPERTS,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+        moe_layers=(1, 2),
+        since="5.17",
+    ),
+    MoeFamily(
+        "minimax",
+        "MiniMaxConfig",
+        "MiniMaxForCausalLM",
+        {"num_local_experts": NUM_EXPERTS, "block_size": 8},
+    ),
+    MoeFamily("flex_olmo", "FlexOlmoConfig", "FlexOlmoForCausalLM", {"num_experts": NUM_EXPERTS}, normalizes=False),
+    MoeFamily(
+        "aria_text",
+        "AriaTextConfig",
+        "AriaTextForCausalLM",
+        {"moe_num_experts": NUM_EXPERTS, "moe_topk": 2, "moe_num_shared_experts": 1},
+        since="5.23",
+    ),
+    MoeFamily(
+        "nemotron_h",
+        "NemotronHConfig",
+        "NemotronHForCausalLM",
+        {
+            "layers_block_type": ["moe", "attention", "moe"],
+            "n_routed_experts": NUM_EXPERTS,
+            "n_group": 1,
+            "topk_group": 1,
+            "moe_shared_expert_intermediate_size": 16,
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 16,
+            "ssm_state_size": 8,
+            "n_groups": 1,
+            "use_mamba_kernels": False,
+        },
+        moe_layers=(0, 2),
+        since="5.17",
+    ),
+    MoeFamily(
+        "jamba",
+        "JambaConfig",
+        "JambaForCausalLM",
+        {
+            "num_experts": NUM_EXPERTS,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 0,
+            "attn_layer_period": 3,
+            "attn_layer_offset": 1,
+            "mamba_d_state": 8,
+            "mamba_d_conv": 4,
+            "mamba_dt_rank": 4,
+            "use_mamba_kernels": False,
+        },
+        moe_layers=(0, 2),
+        normalizes=False,
+        noise=1e-5,  # its state space layers; the bare model does so too
+        since="5.23",
+    ),
+]
+
+
+def further(name: str, config: str, model: str, settings: dict[str, Any], **fields: Any) -> MoeFamily:
+    """A row for a family that shares its layout with one above."""
+    return MoeFamily(name, config, model, settings, is_further=True, **{"since": "5.23", **fields})
+
+
+ATTENTION = {"layer_types": ["full_attention"] * 3}
+GROUPS = {"n_group": 1, "topk_group": 1}
+FURTHER = [
+    further(
+        "ernie4_5_moe",
+        "Ernie4_5_MoeConfig",
+        "Ernie4_5_MoeForCausalLM",
+        {"moe_num_experts": NUM_EXPERTS, "moe_k": 2, "moe_layer_start_index": 0, "moe_layer_interval": 1},
+    ),
+    further(
+        "minimax_m2", "MiniMaxM2Config", "MiniMaxM2ForCausalLM", {"num_local_experts": NUM_EXPERTS, "rotary_dim": 8}
+    ),
+    further(
+        "hunyuan_v1_moe",
+        "HunYuanMoEV1Config",
+        "HunYuanMoEV1ForCausalLM",
+        {"num_experts": NUM_EXPERTS, "moe_topk": 2},
+    ),
+    further(
+        "afmoe",
+        "AfmoeConfig",
+        "AfmoeForCausalLM",
+        {"num_experts": NUM_EXPERTS, "num_shared_experts": 1, "num_dense_layers": 0, **ATTENTION},
+    ),
+    further(
+        "dots1",
+        "Dots1Config",
+        "Dots1ForCausalLM",
+        {"n_routed_experts": NUM_EXPERTS, "n_shared_experts": 1, "first_k_dense_replace": 0, **GROUPS, **ATTENTION},
+    ),
+    further(
+        "lfm2_moe",
+        "Lfm2MoeConfig",
+        "Lfm2MoeForCausalLM",
+        {"num_experts": NUM_EXPERTS, "num_dense_layers": 0, **ATTENTION},
+    ),
+    further(
+        "qwen3_next",
+        "Qwen3NextConfig",
+        "Qwen3NextForCausalLM",
+        {"num_experts": NUM_EXPERTS, "shared_expert_intermediate_size": 16, **ATTENTION},
+    ),
+    further(
+        "qwen3_5_moe",
+        "Qwen3_5MoeTextConfig",
+        "Qwen3_5MoeForCausalLM",
+        {"num_experts": NUM_EXPERTS, "shared_expert_intermediate_size": 16, **ATTENTION},
+    ),
+    further(
+        "solar_open",
+        "SolarOpenConfig",
+        "SolarOpenForCausalLM",
+        {"n_routed_experts": NUM_EXPERTS, "n_shared_experts": 1, **GROUPS},
+    ),
+    further(
+        "exaone_moe",
+        "ExaoneMoeConfig",
+        "ExaoneMoeForCausalLM",
+        {
+            "num_experts": NUM_EXPERTS,
+            "num_shared_experts": 1,
+            **GROUPS,
+            **ATTENTION,
+            "mlp_layer_types": ["sparse"] * 3,
+        },
+    ),
+    further(
+        "glm4_moe_lite",
+        "Glm4MoeLiteConfig",
+        "Glm4MoeLiteForCausalLM",
+        {**DEEPSEEK, "mlp_layer_types": ["sparse"] * 3},
+    ),
+    further(
+        "hy_v3",
+        "HYV3Config",
+        "HYV3ForCausalLM",
+        {"num_experts": NUM_EXPERTS, "num_shared_experts": 1, "first_k_dense_replace": 0},
+        moe_layers=(1, 2),
+    ),
+]
+GEMMA4 = further(
+    "gemma4",
+    "Gemma4TextConfig",
+    "Gemma4ForCausalLM",
+    {"num_experts": NUM_EXPERTS, "top_k_experts": 2, "enable_moe_block": True, **ATTENTION},
+)
+
+
+def is_here(family: MoeFamily) -> bool:
+    """Whether the installed transformers has the family in a form that can be extended."""
+    return hasattr(transformers, family.config) and Version(transformers.__version__) >= Version(family.since)
+
+
+FAMILIES = [family for family in [*FAMILIES, *FURTHER] if is_here(family)]
+BY_NAME = {family.name: family for family in FAMILIES}
+
+
+def moe_batch(batch_size: int = 2, num_tokens: int = 8, *, seed: int = 1) -> dict[str, torch.Tensor]:
+    """Random tokens with labels, no padding."""
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = torch.randint(3, 64, (batch_size, num_tokens), generator=generator)
+    return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": input_ids.clone()}
+
+
+def builder(name: str) -> Callable[..., nn.Module]:
+    """Makes the model of a family."""
+    return BY_NAME[name].build
+
+
+def tiny_moe_llava() -> nn.Module:
+    """Our own LLaVA with four experts in layers 0 and 2 of its language model."""
+    from peft_moe import MoeLlavaForConditionalGeneration
+
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    vision = transformers.CLIPVisionConfig(**{**small, "num_hidden_layers": 1}, image_size=16, patch_size=8)
+    text = transformers.LlamaConfig(**small, vocab_size=64, pad_token_id=0, initializer_range=0.2)
+    torch.manual_seed(0)
+    dense = transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(
+            vision_config=vision, text_config=text, image_token_index=3, image_seq_length=4, vision_feature_layer=-1
+        )
+    )
+    sparse = MoeLlavaForConditionalGeneration.from_dense(dense, num_experts=NUM_EXPERTS, expert_noise=1.0)
+    return sparse.eval().requires_grad_(False)
+
+
+def image_batch() -> dict[str, torch.Tensor]:
+    """An image and text in each sample, with labels."""
+    batch = moe_batch()
+    input_ids = torch.cat([torch.full((2, 4), 3), batch["input_ids"].clamp(min=4)], dim=1)
+    pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    labels = input_ids.masked_fill(input_ids == 3, -100)
+    return {
+        "input_ids": input_ids,
+        "attention_mask": torch.ones_like(input_ids),
+        "pixel_values": pixels,
+        "labels": labels,
+    }
