@@ -194,6 +194,8 @@ def test_every_adapter_parameter_is_saved_and_nothing_else(case, tmp_path):
     model.save_pretrained(tmp_path)
     saved = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
     expected = {name.replace(".default.", "."): p for name, p in model.named_parameters() if p.requires_grad}
+    buffers = {name: b for name, b in model.named_buffers() if f".{case.tuner}_" in name}
+    expected |= {name.replace(".default.", "."): b for name, b in buffers.items()}
     assert saved.keys() == expected.keys()
     assert all(torch.equal(saved[name], p) for name, p in expected.items())
 

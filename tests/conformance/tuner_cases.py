@@ -11,7 +11,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
-from peft_moe import MoCLEConfig, MoExtendConfig, MoLEConfig
+from peft_moe import InstructionClusterer, MoCLEConfig, MoExtendConfig, MoLEConfig
 from peft_moe.tuners.mocle.config import RELEASED_CODE
 from tiny_models import tiny_llama, token_batch
 from tiny_moe import FAMILIES
@@ -84,6 +84,14 @@ def mocle(**settings: Any) -> Callable[..., MoCLEConfig]:
     return lambda **overrides: MoCLEConfig(**{**defaults, **settings, **overrides})
 
 
+def mocle_of_a_clusterer(**overrides: Any) -> MoCLEConfig:
+    """A configuration that carries centroids, which the adapter then saves."""
+    centroids = torch.randn(6, 5, generator=torch.Generator().manual_seed(3))
+    fields = {"num_experts": 3, "gate_noise_std": 0.0, "r": 2, "lora_dropout": 0.0, "init_lora_weights": False}
+    clusterer = InstructionClusterer(centroids, encoder="an/encoder")
+    return MoCLEConfig.from_clusterer(clusterer, **{**fields, "task_type": "CAUSAL_LM", **overrides})
+
+
 def clustered_batch(batch_size: int = 2, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """Tokens, and the cluster of each example."""
     return {**token_batch(batch_size, *args, **kwargs), "cluster_ids": torch.arange(batch_size) % 6}
@@ -113,6 +121,7 @@ CASES = [
     TunerCase("mole-top-2-weighted", "mole", mole(num_experts=4, top_k=2, gate_scale="prob"), OTHER_MOLE),
     TunerCase("mole-soft-per-module", "mole", mole(num_experts=2, soft=True, router_scope="module"), OTHER_MOLE),
     TunerCase("mocle", "mocle", mocle(num_experts=3), OTHER_MOCLE, **CLUSTERED),
+    TunerCase("mocle-with-centroids", "mocle", mocle_of_a_clusterer, OTHER_MOCLE, **CLUSTERED),
     TunerCase(
         "mocle-released-code",
         "mocle",

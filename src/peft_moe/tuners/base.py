@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
-from ..aux_loss import AuxLoss, AuxLossFunction, install_aux_loss
+from ..aux_loss import AuxLoss, AuxLossFunction, install_aux_loss, weighted_aux_loss
 from ..recording import RoutingRecorder, install_recorder, remove_recorder
 
 
@@ -70,6 +71,40 @@ def refuse_reentrant_checkpointing_under_ddp(recorder: RoutingRecorder, *, share
     )
 
 
+def refuse_replica(layer: nn.Module) -> None:
+    """Raise `RuntimeError` under `nn.DataParallel`, whose replicas would share the routing of one model."""
+    if "_is_replica" in layer.__dict__:
+        raise RuntimeError(
+            f"{type(layer).__name__} does not support nn.DataParallel, which Trainer uses when one process sees "
+            "several GPUs: its replicas would share the routing of one model. Launch with `accelerate launch` or "
+            "`torchrun`, or make a single GPU visible with CUDA_VISIBLE_DEVICES."
+        )
+
+
+def check_finite(values: torch.Tensor, what: str) -> None:
+    """Stop where the model diverged, and not where an index made of NaN strikes; on a GPU without waiting for it.
+
+    Args:
+        values (`torch.Tensor`): of any shape.
+        what (`str`): subject and verb of the message, for example `"The router of 'mlp' got logits"`.
+
+    Raises:
+        FloatingPointError: a value is not finite (on a GPU: an assertion of the device).
+    """
+    if torch.compiler.is_compiling() or values.is_meta:
+        return
+    is_finite = torch.isfinite(values.sum())
+    message = (
+        f"{what} that are not finite. The hidden states or the adapter contain NaN or infinity: lower the learning rate, "
+        "clip gradients, or check the checkpoint."
+    )
+    if values.device.type == "cpu":
+        if not is_finite:
+            raise FloatingPointError(message)
+    elif values.is_cuda:
+        torch._assert_async(is_finite, message)
+
+
 def write_card_section(save_directory: str, *, method: str) -> None:
     """Add to the model card that PEFT wrote what a reader needs to load the adapter: `import peft_moe`."""
     path = os.path.join(save_directory, "README.md")
@@ -112,8 +147,17 @@ class MoeTuner(BaseTuner):
     aux_loss: AuxLoss
 
     def aux_loss_function(self, config: PeftConfig) -> AuxLossFunction | None:
-        """The auxiliary loss that `config` asks for, or `None`."""
-        return None
+        """Load balancing and z-loss with the coefficients of `config`; `None` if both are 0 or it has none."""
+        aux_loss_coef = getattr(config, "router_aux_loss_coef", 0.0)
+        z_loss_coef = getattr(config, "router_z_loss_coef", 0.0)
+        if not aux_loss_coef and not z_loss_coef:
+            return None
+        return partial(
+            weighted_aux_loss,
+            loss_type=config.router_aux_loss_type,
+            aux_loss_coef=aux_loss_coef,
+            z_loss_coef=z_loss_coef,
+        )
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Inject an adapter as PEFT does, with a [`RoutingRecorder`] and an [`AuxLoss`] attached to the base model."""

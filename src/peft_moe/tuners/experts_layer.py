@@ -155,14 +155,5 @@ class LoraExpertsLayer(nn.Module, BaseTunerLayer):
         """Return the weight that the adapter can be merged into, or raise `ValueError`."""
         raise NotImplementedError
 
-    def refuse_replica(self) -> None:
-        """Raise under `nn.DataParallel`, whose replicas would share the routing of one model."""
-        if "_is_replica" in self.__dict__:
-            raise RuntimeError(
-                f"{type(self).__name__} does not support nn.DataParallel, which Trainer uses when one process sees "
-                "several GPUs: its replicas would share the routing of one model. Launch with `accelerate launch` or "
-                "`torchrun`, or make a single GPU visible with CUDA_VISIBLE_DEVICES."
-            )
-
     def __repr__(self) -> str:
         return self.prefix.replace("_", ".") + super().__repr__()

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+from .cluster_file import checksum, download
 from .clustering import InstructionClusterer
-from .config import MoCLEConfig, checksum
+from .config import MoCLEConfig
 from .sentence_encoder import SentenceEncoder
 
 
@@ -152,20 +152,12 @@ def write_table(
 
 
 def _table_file(name: str, options: dict[str, Any]) -> Path:
-    from huggingface_hub import hf_hub_download
-
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / TABLE_FILE).is_file():
             raise ValueError(f"{name!r} holds no {TABLE_FILE}. Give the folder that export_all wrote, whole.")
         return folder / TABLE_FILE
-    try:
-        return Path(hf_hub_download(name, TABLE_FILE, **options))
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        raise OSError(
-            f"{name!r} is no folder here, and {TABLE_FILE} of it could not be had from the Hub ({type(error).__name__}). "
-            "Check the name and the network (is HF_HUB_OFFLINE set?)."
-        ) from error
+    return download(name, TABLE_FILE, options)
 
 
 def read_table(name: str, file: Path) -> dict[str, Any]:

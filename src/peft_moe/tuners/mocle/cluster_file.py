@@ -19,7 +19,7 @@ def write_clusterer(folder: Path, settings: dict[str, Any], tensors: dict[str, t
     from safetensors.torch import save_file
 
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    checked = {"format_version": FORMAT_VERSION, **settings, "centroids_sha256": _sha256(tensors["centroids"])}
+    checked = {"format_version": FORMAT_VERSION, **settings, "centroids_sha256": checksum(tensors["centroids"])}
     (folder / CONFIG_FILE).write_text(json.dumps(checked, indent=2) + "\n", encoding="utf-8")
 
 
@@ -41,7 +41,7 @@ def read_clusterer(name: str, hub_options: dict[str, Any]) -> tuple[dict[str, An
     if folder.is_dir():
         config_file, weights_file = folder / CONFIG_FILE, folder / WEIGHTS_FILE
     else:
-        config_file, weights_file = (_download(name, file, hub_options) for file in (CONFIG_FILE, WEIGHTS_FILE))
+        config_file, weights_file = (download(name, file, hub_options) for file in (CONFIG_FILE, WEIGHTS_FILE))
     if missing := [file.name for file in (config_file, weights_file) if not file.is_file()]:
         raise ValueError(
             f"{name!r} holds no whole clusterer: {' and '.join(missing)} missing. Give the folder that save_pretrained wrote."
@@ -72,7 +72,7 @@ def read_clusterer(name: str, hub_options: dict[str, Any]) -> tuple[dict[str, An
         )
     if centroids.dtype != torch.float32 or not torch.isfinite(centroids).all():
         raise _damaged(name, f"the centroids are {centroids.dtype} or not finite")
-    if _sha256(centroids) != expected_sha256:
+    if checksum(centroids) != expected_sha256:
         raise _damaged(name, "the centroids are not those that were saved (other checksum)")
     return settings, tensors
 
@@ -84,7 +84,8 @@ def _damaged(name: str, what: str) -> ValueError:
     )
 
 
-def _download(name: str, file: str, options: dict[str, Any]) -> Path:
+def download(name: str, file: str, options: dict[str, Any]) -> Path:
+    """A file of the Hub repository `name`; raises `OSError` that says what to check."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -97,5 +98,6 @@ def _download(name: str, file: str, options: dict[str, Any]) -> Path:
         ) from error
 
 
-def _sha256(centroids: torch.Tensor) -> str:
-    return hashlib.sha256(centroids.numpy().astype("<f4").tobytes()).hexdigest()
+def checksum(centroids: torch.Tensor) -> str:
+    """SHA-256 of centroids `(K, C)`, as little-endian float32."""
+    return hashlib.sha256(centroids.detach().float().cpu().numpy().astype("<f4").tobytes()).hexdigest()

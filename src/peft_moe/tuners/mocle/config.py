@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 
 from ..experts_config import LoraExpertsConfig, choice_problems, count_problems, float32_problems, is_number
+from .cluster_file import checksum
 
 
 if TYPE_CHECKING:
@@ -17,11 +17,6 @@ if TYPE_CHECKING:
 
 
 SCOPES = ("model", "layer", "module")
-
-
-def checksum(centroids: torch.Tensor) -> str:
-    """SHA-256 of the centroids, as the configuration of an adapter names it."""
-    return hashlib.sha256(centroids.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 @dataclass

@@ -9,7 +9,7 @@ from torch import nn
 
 from ...recording import RoutingRecorder
 from ...routing import ClusterCentroids, ClusterEmbedding, ClusterRouter
-from ..base import refuse_reentrant_checkpointing_under_ddp
+from ..base import refuse_reentrant_checkpointing_under_ddp, refuse_replica
 from ..experts_layer import LoraExpertsLayer, Routed
 from .config import MoCLEConfig
 from .scope import GateScope
@@ -92,7 +92,7 @@ class MoCLELayer(LoraExpertsLayer):
         self, adapter_name: str, x: torch.Tensor, hidden_states: torch.Tensor
     ) -> tuple[torch.Tensor, Routed | None]:
         """Ask the gate, or take over what it decided for another linear of the same layer."""
-        self.refuse_replica()
+        refuse_replica(self)
         if self.training and not torch.compiler.is_compiling():
             is_shared = self.scopes[adapter_name].lookup.config.cluster_embedding_scope == "model"
             refuse_reentrant_checkpointing_under_ddp(self.recorder, shares_parameters=is_shared)

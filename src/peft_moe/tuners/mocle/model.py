@@ -12,8 +12,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..experts_model import LoraExpertsModel
 from ..structure import ATTENTION_BLOCKS, MLP_BLOCKS, base_of, find_blocks, text_linear_names
+from .cluster_file import checksum
 from .clusters import ClusterLookup
-from .config import MoCLEConfig, checksum
+from .config import MoCLEConfig
 from .entrance import close_entrance, open_entrance
 from .layer import MoCLELayer
 from .scope import GateScope

@@ -11,7 +11,7 @@ from torch import nn
 from ...aux_loss import AuxLoss
 from ...recording import RoutingRecorder
 from ...routing import RouterOutput
-from ..base import refuse_reentrant_checkpointing_under_ddp
+from ..base import check_finite, refuse_reentrant_checkpointing_under_ddp, refuse_replica
 from .architectures import MoeBlock, gate_weight_name
 from .calibration import Calibration, measure_scoring
 from .config import MoExtendConfig
@@ -54,15 +54,6 @@ class MoExtendLayer(nn.Module, BaseTunerLayer):
         """Those of the first parameter: PEFT looks for a `weight`, which experts do not have."""
         parameter = next(base_layer.parameters())
         return parameter.device, parameter.dtype
-
-    def refuse_replica(self) -> None:
-        """Raise under `nn.DataParallel`, whose replicas would share the routing of one model."""
-        if "_is_replica" in self.__dict__:
-            raise RuntimeError(
-                f"{type(self).__name__} does not support nn.DataParallel, which Trainer uses when one process sees "
-                "several GPUs: its replicas would share the routing of one model. Launch with `accelerate launch` or "
-                "`torchrun`, or make a single GPU visible with CUDA_VISIBLE_DEVICES."
-            )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Raise `ValueError`: the tensors of the base model would need another shape."""
@@ -136,7 +127,7 @@ class MoExtendRouter(MoExtendLayer):
         names = self.acting()
         if not names:
             return self.base_layer(hidden_states, *args, **kwargs)
-        self.refuse_replica()
+        refuse_replica(self)
         gates = [self.moextend_gate[name] for name in names]
         output = route(
             self.base_layer,
@@ -151,7 +142,7 @@ class MoExtendRouter(MoExtendLayer):
         routing = read_routing(output, num_experts, is_probability=self.is_probability)
         if isinstance(routing, str):
             raise RuntimeError(f"'{self.block.router}' {routing}. MoExtend does not know this router.")
-        _check_finite(routing.router_logits, self.block.router, names)
+        check_finite(routing.router_logits, f"'{self.block.router}' (adapter {', '.join(names)}) gave values")
         weights = self._calibrated(names, hidden_states, routing)
         return routing.with_weights(self._balanced(names[0], routing, weights, hidden_states.shape[:-1]))
 
@@ -171,7 +162,7 @@ class MoExtendRouter(MoExtendLayer):
                 "its own experts alone. Activate one of them, or train with calibration=None."
             )
         weights: torch.Tensor = self.moextend_calibration[calibrated[0]](hidden_states, routing)
-        _check_finite(weights, f"{self.block.router} (calibration)", names)
+        check_finite(weights, f"'{self.block.router} (calibration)' (adapter {', '.join(names)}) gave values")
         return weights
 
     def _balanced(self, adapter_name: str, routing: Routing, weights: torch.Tensor, shape: torch.Size) -> torch.Tensor:
@@ -211,22 +202,6 @@ def _offsets(gates: list[GateRows]) -> torch.Tensor | None:
             for gate in gates
         ]
     )
-
-
-def _check_finite(values: torch.Tensor, name: str, adapters: list[str]) -> None:
-    """Stop where the model diverged, and not where an index made of NaN strikes; on a GPU without waiting for it."""
-    if torch.compiler.is_compiling() or values.is_meta:
-        return
-    is_finite = torch.isfinite(values.sum())
-    message = (
-        f"'{name}' (adapter {', '.join(adapters)}) gave values that are not finite. The hidden states or the adapter "
-        "contain NaN or infinity: lower the learning rate, clip gradients, or check the checkpoint."
-    )
-    if values.device.type == "cpu":
-        if not is_finite:
-            raise FloatingPointError(message)
-    elif values.is_cuda:
-        torch._assert_async(is_finite, message)
 
 
 class MoExtendExperts(MoExtendLayer):

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from ...aux_loss import AuxLossFunction, weighted_aux_loss
 from ..base import MoeTuner
 from ..structure import base_of
 from .architectures import MoeBlock, find_moe_blocks
@@ -40,17 +38,6 @@ class MoExtendModel(MoeTuner):
     tuner_layer_cls = MoExtendLayer
     target_module_mapping: dict[str, list[str]] = {}
     tags = ("peft_moe", "moextend")
-
-    def aux_loss_function(self, config: MoExtendConfig) -> AuxLossFunction | None:
-        """Load balancing and z-loss with the coefficients of `config`; `None` if both are 0."""
-        if not config.router_aux_loss_coef and not config.router_z_loss_coef:
-            return None
-        return partial(
-            weighted_aux_loss,
-            loss_type=config.router_aux_loss_type,
-            aux_loss_coef=config.router_aux_loss_coef,
-            z_loss_coef=config.router_z_loss_coef,
-        )
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Inject an adapter as PEFT does; `output_router_logits` then goes past the model's own load-balancing loss."""

@@ -11,7 +11,7 @@ from ...aux_loss import AuxLoss
 from ...kernels import DispatchPlan
 from ...recording import RoutingRecorder
 from ...routing import RouterOutput, TopKRouter
-from ..base import refuse_reentrant_checkpointing_under_ddp
+from ..base import check_finite, refuse_reentrant_checkpointing_under_ddp, refuse_replica
 from ..experts_layer import LoraExpertsLayer, Routed
 from .config import MoLEConfig
 from .scope import RouterScope
@@ -102,11 +102,11 @@ class MoLELayer(LoraExpertsLayer):
 
     def _route_tokens(self, adapter_name: str, x: torch.Tensor) -> tuple[Routed, RouterOutput]:
         scope = self.scopes[adapter_name]
-        self.refuse_replica()
+        refuse_replica(self)
         if self.training and not torch.compiler.is_compiling():
             refuse_reentrant_checkpointing_under_ddp(self.recorder)
         output = self.mole_router[adapter_name](x.reshape(-1, self.in_features))
-        _check_finite(output.router_logits, scope)
+        check_finite(output.router_logits, f"The router of '{scope.name}' (adapter {scope.adapter_name!r}) got logits")
         is_training = self.training and adapter_name in self.aux_loss.functions
         if self.recorder.needs_record(is_training=is_training):
             self.recorder.record(
@@ -190,19 +190,3 @@ MERGE_IS_IMPOSSIBLE = (
     "`save_pretrained` stores all of it); or train with num_experts=1, which is LoRA and merges exactly; or, to drop the "
     "adapter, use `unload()`."
 )
-
-
-def _check_finite(router_logits: torch.Tensor, scope: RouterScope) -> None:
-    """Stop where the model diverged, and not where an index made of NaN strikes; on a GPU without waiting for it."""
-    if torch.compiler.is_compiling():
-        return
-    is_finite = torch.isfinite(router_logits.sum())
-    message = (
-        f"The router of '{scope.name}' (adapter {scope.adapter_name!r}) got logits that are not finite. The hidden states "
-        "or the adapter contain NaN or infinity: lower the learning rate, clip gradients, or check the checkpoint."
-    )
-    if router_logits.device.type == "cpu":
-        if not is_finite:
-            raise FloatingPointError(message)
-    elif router_logits.is_cuda:
-        torch._assert_async(is_finite, message)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
 
-from ...aux_loss import AuxLossFunction, weighted_aux_loss
 from ..experts_model import LoraExpertsModel, adaptable_modules, by_pattern, is_target
 from ..structure import (
     ATTENTION_BLOCKS,
@@ -41,17 +39,6 @@ class MoLEModel(LoraExpertsModel):
     prefix = "mole_"
     tuner_layer_cls = MoLELayer
     tags = ("peft_moe", "mole")
-
-    def aux_loss_function(self, config: MoLEConfig) -> AuxLossFunction | None:
-        """Load balancing and z-loss with the coefficients of `config`; `None` if both are 0."""
-        if not config.router_aux_loss_coef and not config.router_z_loss_coef:
-            return None
-        return partial(
-            weighted_aux_loss,
-            loss_type=config.router_aux_loss_type,
-            aux_loss_coef=config.router_aux_loss_coef,
-            z_loss_coef=config.router_z_loss_coef,
-        )
 
     def _prepare_adapter_config(self, peft_config: MoLEConfig, model_config: dict[str, Any]) -> MoLEConfig:
         linear_names = text_linear_names(self.model)
