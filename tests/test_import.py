@@ -22,7 +22,7 @@ LADDER = [
     ["_version", "versions", "routing", "kernels", "model_output"],
     ["losses"],
     ["recording"],
-    ["aux_gradient"],
+    ["aux_gradient", "pretrained_moe"],
     ["aux_loss"],
     ["tuners", "models"],
     ["monitoring", "metrics", "optimization", "env_report"],

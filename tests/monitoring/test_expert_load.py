@@ -189,7 +189,7 @@ def test_foreign_table_is_refused():
 
 
 def test_model_without_routers_is_named_in_the_error():
-    with pytest.raises(ValueError, match="LlamaForCausalLM has no router of peft_moe"):
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no router that peft_moe knows"):
         with record_expert_load(tiny_llama()):
             pass
 

@@ -317,7 +317,7 @@ def test_trainer_that_is_gone_leaves_no_listener(tmp_path):
 
 
 def test_model_without_routers_is_named_before_training(tmp_path):
-    with pytest.raises(ValueError, match="LlamaForCausalLM has no router of peft_moe"):
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no router that peft_moe knows"):
         trainer_for(tiny_llama(), tmp_path, [ExpertLoadCallback()]).train()
 
 

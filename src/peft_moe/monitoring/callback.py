@@ -12,8 +12,9 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
+from ..pretrained_moe import RouterRecording
 from ..recording import ForwardPass, RoutingRecorder, get_recorder
-from .expert_load import ExpertLoad, required_recorder
+from .expert_load import ExpertLoad
 from .summary import DEAD_THRESHOLD, LoadSummary
 from .trainer_view import (
     calling_handler,
@@ -73,7 +74,7 @@ class ExpertLoadCallback(TrainerCallback):
     ```
 
     Raises:
-        ValueError: training begins with a model that has no router of ours.
+        ValueError: training begins with a model that has no router that is known.
     """
 
     def __init__(
@@ -123,9 +124,7 @@ class ExpertLoadCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Count from zero, or go on with the counts of the checkpoint that training resumes from."""
-        if model is not None:
-            required_recorder(model)
-        self._join(model)
+        self._join(model, is_required=True)
         self._window = TrainWindow(self._new_load())
         self._num_collapsed_logs, self._has_warned = 0, False
         self._is_training = True
@@ -209,18 +208,27 @@ class ExpertLoadCallback(TrainerCallback):
         self._is_training = False
         self._write(args, state)
 
-    def _join(self, model: nn.Module | None) -> None:
-        """Listen to the recorder of `model`, and come first among the callbacks."""
+    def _join(self, model: nn.Module | None, *, is_required: bool = False) -> None:
+        """Listen to the routers of `model`, and come first among the callbacks."""
         handler = calling_handler(self)
         if handler is not None:
             come_first(self, handler)
             self._handler = weakref.ref(handler)
-        recorder = None if model is None else get_recorder(model)
-        if model is None or recorder is None or recorder is _alive(self._recorder):
+        recorder = _alive(self._recorder)
+        if model is None or (recorder is not None and get_recorder(model) is recorder):
             return
+        try:
+            # the base model's own routers count where there is nothing else: beside a tuner they are frozen
+            recording = None if get_recorder(model) is not None else RouterRecording(model)
+        except ValueError:
+            if is_required:
+                raise
+            return
+        recorder = recording.recorder if recording is not None else get_recorder(model)
+        assert recorder is not None
         if self._stop_listening is not None:
             self._stop_listening()
-        self._stop_listening = listen_weakly(self._count, self, recorder)
+        self._stop_listening = listen_weakly(self._count, self, recorder, recording)
         self._recorder = weakref.ref(recorder)
         self._image_token_id = ExpertLoad.for_model(model).image_token_id
         self._window, self._eval_window = TrainWindow(self._new_load()), self._new_load()

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..recording import ForwardPass, Route, RoutingRecorder, get_recorder
+from ..pretrained_moe import listen_to_routers
+from ..recording import ForwardPass, Route
 from .summary import DEAD_THRESHOLD, LoadSummary, summarize_load
 
 
@@ -220,7 +221,9 @@ def record_expert_load(model: nn.Module, domain: str = ALL, *, into: ExpertLoad 
     fill one table. In distributed runs the counts are those of this process; see [`ExpertLoad.all_reduce`].
 
     Args:
-        model (`nn.Module`): a model with routers of ours, or a wrapper around it.
+        model (`nn.Module`):
+            A model with routers of ours, any mixture of experts whose routers are known (Mixtral, Qwen-MoE, MoeLlava, ...),
+            whose adapter is then called `"base"`, or a wrapper around one.
         domain (`str`): what these passes are counted as.
         into (`ExpertLoad`, *optional*): the load to add to, instead of a new one.
 
@@ -233,30 +236,15 @@ def record_expert_load(model: nn.Module, domain: str = ALL, *, into: ExpertLoad 
     ```
 
     Raises:
-        ValueError: `model` has no router of ours.
+        ValueError: `model` has no router that is known.
     """
     load = ExpertLoad.for_model(model) if into is None else into
-    listeners = required_recorder(model).listeners
 
     def listen(forward_pass: ForwardPass) -> None:
         load.add_pass(forward_pass, domain=domain)
 
-    listeners.append(listen)
-    try:
+    with listen_to_routers(model, listen):
         yield load
-    finally:
-        listeners.remove(listen)
-
-
-def required_recorder(model: nn.Module) -> RoutingRecorder:
-    """The recorder of `model`, or a `ValueError` that says what to do."""
-    recorder = get_recorder(model)
-    if recorder is None:
-        raise ValueError(
-            f"{type(model).__name__} has no router of peft_moe, so there is no expert load. Wrap it first, for example by "
-            "`get_peft_model(model, MoLEConfig(...))`."
-        )
-    return recorder
 
 
 def _count_where(is_chosen: torch.Tensor, route: Route, *, num_experts: int) -> torch.Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
+from ..pretrained_moe import RouterRecording
 from ..recording import ForwardPass, RoutingRecorder
 
 
@@ -59,9 +60,12 @@ def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> str:
 
 
 def listen_weakly(
-    method: Callable[[ForwardPass], None], owner: object, recorder: RoutingRecorder
+    method: Callable[[ForwardPass], None],
+    owner: object,
+    recorder: RoutingRecorder,
+    recording: RouterRecording | None = None,
 ) -> weakref.finalize[Any, Any]:
-    """Let a method of `owner` listen until `owner` is gone, or until the result is called.
+    """Let a method of `owner` listen until `owner` is gone, or until the result is called; then close `recording`.
 
     The recorder lives in the model, which must not keep a trainer alive.
     """
@@ -72,5 +76,10 @@ def listen_weakly(
         if found is not None:
             found(forward_pass)
 
+    def stop() -> None:
+        recorder.listeners.remove(listen)
+        if recording is not None:
+            recording.close()
+
     recorder.listeners.append(listen)
-    return weakref.finalize(owner, recorder.listeners.remove, listen)
+    return weakref.finalize(owner, stop)

@@ -9,10 +9,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
 
+from ..pretrained_moe import base_of
 from .base import MoeTuner
 from .experts_config import LoraExpertsConfig
 from .experts_layer import LoraExpertsLayer
-from .structure import base_of, check_target, shorten
+from .structure import check_target, shorten
 
 
 class LoraExpertsModel(MoeTuner):

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..pretrained_moe import base_of
+
 
 # the linears of one block, those that read the block's input first
 MLP_BLOCKS = (
@@ -111,13 +113,6 @@ def shorten(names: list[str], all_names: list[str]) -> list[str]:
     ends = sorted({name.rpartition(".")[2] for name in names})
     selected = {name for name in all_names if name.rpartition(".")[2] in ends}
     return ends if selected == set(names) else sorted(names)
-
-
-def base_of(module: nn.Module) -> nn.Module:
-    """The original module inside the layers that tuners have put around it."""
-    while hasattr(module, "base_layer"):
-        module = module.base_layer
-    return module
 
 
 def check_target(model: nn.Module, name: str, module: nn.Module, *, method: str) -> None:

@@ -25,8 +25,9 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ...pretrained_moe import base_of
 from ..experts_model import adaptable_modules
-from ..structure import base_of, shorten
+from ..structure import shorten
 from .adapter_router import STAGING_PREFIX, TABLE_FILE, ClusterAdapterRouter, write_table
 from .clusters import BatchClusters
 from .config import MoCLEConfig

@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...pretrained_moe import MoeBlock, Routing, num_groups, probe, returns_probabilities
 from ...routing.float32 import Float32Module
-from .architectures import MoeBlock, num_groups
-from .routing import Routing, probe, returns_probabilities
 
 
 INIT_STD = 0.02

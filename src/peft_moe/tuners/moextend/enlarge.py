@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .architectures import COUNT_NAMES, find_moe_blocks, per_expert_tensors
+from ...pretrained_moe import COUNT_NAMES, find_moe_blocks, per_expert_tensors
 from .experts import full_weights
 from .layer import MoExtendExperts, MoExtendRouter
 

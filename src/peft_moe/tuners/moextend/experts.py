@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from .architectures import COUNT_NAMES
+from ...pretrained_moe import COUNT_NAMES
 
 
 def empty_experts(base: nn.Module, num_new: int, *, device: torch.device | str | None = None) -> nn.Module:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .architectures import per_expert_tensors
+from ...pretrained_moe import per_expert_tensors
 
 
 class GateRows(nn.Module):

@@ -9,15 +9,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ...aux_loss import AuxLoss
+from ...pretrained_moe import MoeBlock, Routing, gate_weight_name, read_routing, returns_probabilities, route
 from ...recording import RoutingRecorder
 from ...routing import RouterOutput
 from ..base import check_finite, refuse_reentrant_checkpointing_under_ddp, refuse_replica
-from .architectures import MoeBlock, gate_weight_name
 from .calibration import Calibration, measure_scoring
 from .config import MoExtendConfig
 from .experts import LowRankExperts, copied_experts, dtype_of
 from .gate import GateRows
-from .routing import Routing, read_routing, returns_probabilities, route
 
 
 class MoExtendLayer(nn.Module, BaseTunerLayer):

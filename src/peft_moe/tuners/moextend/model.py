@@ -8,15 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...pretrained_moe import MoeBlock, base_of, find_moe_blocks, probe
 from ..base import MoeTuner
-from ..structure import base_of
-from .architectures import MoeBlock, find_moe_blocks
 from .calibration import measure_scoring
 from .config import MoExtendConfig
 from .enlarge import check_enlargeable, enlarge
 from .layer import MERGE_IN_PLACE_IS_IMPOSSIBLE, MoExtendExperts, MoExtendLayer, MoExtendRouter
 from .native_router_logits import close_native_router_logits, open_native_router_logits
-from .routing import probe
 
 
 class MoExtendModel(MoeTuner):

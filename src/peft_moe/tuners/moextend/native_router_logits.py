@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ...losses import load_balancing_loss
+from ...pretrained_moe import BASE
 from ...recording import ForwardPass, RoutingRecorder
 from .layer import MoExtendRouter
 
@@ -36,7 +37,7 @@ class _Request:
 
     def __call__(self, forward_pass: ForwardPass) -> None:
         """Called by the recorder with the finished pass."""
-        by_router = next(iter(forward_pass.records.values()), {})
+        by_router = next((found for name, found in forward_pass.records.items() if name != BASE), None)
         if by_router:
             self.aux_loss = load_balancing_loss(list(by_router.values()))
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from .architectures import COUNT_NAMES, WIDTH_NAMES, MoeBlock, gate_weight_name, num_groups, per_expert_tensors
+from .blocks import COUNT_NAMES, WIDTH_NAMES, MoeBlock, gate_weight_name, num_groups, per_expert_tensors
 
 
 NUM_PROBES = 16

@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..structure import base_of
-
 
 # children of a block, by name
 EXPERTS_NAME = "experts"
@@ -31,6 +29,13 @@ COUNT_NAMES = (
 GROUP_NAMES = ("num_group", "n_group")
 # attributes of routers that hold the width of what they read
 WIDTH_NAMES = ("hidden_dim", "hidden_size", "in_features", "dim")
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """The original module inside the layers that tuners have put around it."""
+    while hasattr(module, "base_layer"):
+        module = module.base_layer
+    return module
 
 
 @dataclass(frozen=True)

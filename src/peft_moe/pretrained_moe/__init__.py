@@ -1,0 +1,32 @@
+"""What a base model brings with it: its mixtures of experts, found by structure, and its routers, run and recorded."""
+
+from .blocks import (
+    COUNT_NAMES,
+    MoeBlock,
+    base_of,
+    find_moe_blocks,
+    gate_weight_name,
+    num_groups,
+    per_expert_tensors,
+)
+from .recording import BASE, RouterRecording, listen_to_routers
+from .routers import Routing, probe, read_routing, returns_probabilities, route
+
+
+__all__ = [
+    "BASE",
+    "COUNT_NAMES",
+    "MoeBlock",
+    "RouterRecording",
+    "Routing",
+    "base_of",
+    "find_moe_blocks",
+    "gate_weight_name",
+    "listen_to_routers",
+    "num_groups",
+    "per_expert_tensors",
+    "probe",
+    "read_routing",
+    "returns_probabilities",
+    "route",
+]
