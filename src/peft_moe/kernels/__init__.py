@@ -3,6 +3,7 @@
 from .api import lora_experts
 from .backend import Backend
 from .case import Case
+from .ffn_experts import explain_ffn_experts
 from .plan import DispatchPlan
 from .registry import BACKENDS, backend_report
 from .selection import ENVIRONMENT_VARIABLE, explain, validate_name
@@ -16,6 +17,7 @@ __all__ = [
     "DispatchPlan",
     "backend_report",
     "explain",
+    "explain_ffn_experts",
     "lora_experts",
     "validate_name",
 ]
