@@ -10,6 +10,8 @@ from .optimization import router_parameter_groups
 from .tuners import (
     ClusterAdapterRouter,
     ClusterIdsCollator,
+    Extender,
+    ExtenderReport,
     InstructionClusterer,
     MoCLEConfig,
     MoCLEModel,
@@ -31,6 +33,8 @@ __all__ = [
     "ClusterAdapterRouter",
     "ClusterIdsCollator",
     "ExpertLoadCallback",
+    "Extender",
+    "ExtenderReport",
     "InstructionClusterer",
     "MoCLEConfig",
     "MoCLEModel",

@@ -11,7 +11,7 @@ from .mocle import (
     export_all,
     export_cluster_lora,
 )
-from .moextend import MoExtendConfig, MoExtendModel
+from .moextend import Extender, ExtenderReport, MoExtendConfig, MoExtendModel
 from .mole import MoLEConfig, MoLEModel
 from .registration import register_tuner
 
@@ -23,6 +23,8 @@ register_tuner("moextend", config_cls=MoExtendConfig, model_cls=MoExtendModel)
 __all__ = [
     "ClusterAdapterRouter",
     "ClusterIdsCollator",
+    "Extender",
+    "ExtenderReport",
     "InstructionClusterer",
     "MoCLEConfig",
     "MoCLEModel",

@@ -1,7 +1,9 @@
 """MoExtend: new experts for a pretrained mixture of experts, old weights untouched."""
 
 from .config import MoExtendConfig
+from .extender import Extender
+from .extender_report import ExtenderReport, selection_shift
 from .model import MoExtendModel
 
 
-__all__ = ["MoExtendConfig", "MoExtendModel"]
+__all__ = ["Extender", "ExtenderReport", "MoExtendConfig", "MoExtendModel", "selection_shift"]

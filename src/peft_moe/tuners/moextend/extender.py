@@ -1,0 +1,328 @@
+"""The Extender of MoExtend: measures which layers of a mixture of experts want other experts for new data."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import tempfile
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, PreTrainedTokenizerBase
+
+from ...pretrained_moe import BASE, MoeBlock, find_moe_blocks, listen_to_routers, num_groups, probe
+from ...recording import ForwardPass
+from ..experts_config import is_positive_int
+from .extender_report import ExtenderReport
+from .restore import Snapshot, configs_of, same_random_state
+
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainingArguments
+
+
+logger = logging.getLogger(__name__)
+
+COEF, FLAG = "router_aux_loss_coef", "output_router_logits"
+
+
+class Extender:
+    """Measures in which layers the choice of experts shifts on new data, so that those get new experts.
+
+    Stage 2 of MoExtend (https://huggingface.co/papers/2408.03511): the model as it is (κ) and the same with routers tuned on
+    the new data (κ') both run over a probe set, and each layer's expert counts are compared, see
+    [`~peft_moe.tuners.moextend.extender_report.selection_shift`]. Counts are those of the top-k choice; the released code
+    counts the least likely experts instead.
+
+    Works with every model whose mixtures of experts [`MoExtendConfig`] can extend, on text and on images with text. Align
+    a new modality (the projector) first.
+
+    Args:
+        model (`nn.Module`): a model with a head, without adapters. [`measure`] leaves it as it found it.
+        processing_class (`PreTrainedTokenizerBase` or a processor, *optional*):
+            Pads batches where [`measure`] gets no `data_collator`.
+
+    Raises:
+        ValueError: the model has no mixture of experts that can be extended, carries adapters, is quantised, lies on the
+            meta device (offloading included), or is wrapped for distributed training.
+
+    Example:
+
+    ```py
+    >>> from peft import get_peft_model
+    >>> from peft_moe import Extender
+
+    >>> report = Extender(model, tokenizer).measure(train_set, probe_set, steps=1000)
+    >>> print(report)
+    >>> model = get_peft_model(model, report.choose_layers(p=0.5, task_type="CAUSAL_LM"))
+    ```
+    """
+
+    def __init__(self, model: nn.Module, processing_class: PreTrainedTokenizerBase | Any | None = None) -> None:
+        _check_model(model)
+        self.model = model
+        self.processing_class = processing_class
+        self._blocks = _known_blocks(model)
+
+    def measure(
+        self,
+        train_set: Any,
+        probe_set: Any,
+        *,
+        steps: int = 1000,
+        learning_rate: float = 1e-3,
+        batch_size: int = 8,
+        router_aux_loss_coef: float | None = None,
+        data_collator: Any | None = None,
+        args: TrainingArguments | None = None,
+        keep_tuned_router: bool = False,
+    ) -> ExtenderReport:
+        """Tune the routers alone, and compare which experts are chosen before and after.
+
+        The model is then as it was, to the bit, also after an error or an interruption: parameters, buffers, gradients,
+        what requires them, training mode, hooks, gradient checkpointing, configurations, devices; and so are the random
+        states of Python, numpy and torch. Under `torchrun` the `Trainer` trains on all processes, each counts its part of
+        the probe set, and all get the same report.
+
+        Args:
+            train_set (`Dataset`), probe_set (`Dataset`):
+                What a `Trainer` takes, both from the new domain. They should not overlap; the paper probes with 10,000
+                examples.
+            steps (`int`): of the optimizer. Paper: 1000.
+            learning_rate (`float`): at its peak; cosine, after 3% of the steps to warm up. Released code: 1e-3.
+            batch_size (`int`): per device, also for the probe set. The paper does not name one for this stage.
+            router_aux_loss_coef (`float`, *optional*):
+                Weight of the model's own load-balancing loss while the routers are tuned. By default that of the model's
+                configuration, whether or not it says `output_router_logits`: the released code balances too (0.001). Part
+                of the shift can then be a drift to balance; 0 turns that off. Models without such a loss use none.
+            data_collator (`Callable`, *optional*):
+                By default one that pads, for a causal language model.
+            args (`TrainingArguments`, *optional*):
+                All else about training: device, precision, seed, schedule. `steps`, `learning_rate` and `batch_size` take
+                the place of its own, and nothing is saved or evaluated. Columns that `forward` does not know are dropped
+                unless `remove_unused_columns=False`.
+            keep_tuned_router (`bool`):
+                Leave the tuned routers in the model (released code, whose extended models build on κ'). The paper extends
+                κ, the default. All else is put back in any case.
+
+        Raises:
+            ValueError: a data set is empty, a probe set without tokens, an argument makes no sense, or `args` shards the
+                model.
+            FloatingPointError: the loss or a router is not finite.
+            RuntimeError: no router has changed, or the training set ended too early.
+        """
+        # imported here: the trainer of transformers imports datasets
+        from .router_training import RouterTrainer, training_arguments
+
+        _check_arguments(train_set, probe_set, steps, learning_rate, batch_size, router_aux_loss_coef)
+        routers = self._router_parameters()
+        trained = [parameter for parameters in routers.values() for parameter in parameters]
+        snapshot = Snapshot(self.model, trained)
+        with same_random_state(), tempfile.TemporaryDirectory(prefix="extender-") as folder:
+            try:
+                args = training_arguments(args, folder, steps, learning_rate, batch_size)
+                self.model.requires_grad_(False)
+                for parameter in trained:
+                    parameter.grad = None
+                    parameter.requires_grad_(True)
+                collator = data_collator or self._collator(train_set)
+                trainer = RouterTrainer(self.model, args, train_dataset=train_set, data_collator=collator)
+                coef = self._balance(trainer, probe_set, router_aux_loss_coef)
+                before, _ = self._count(trainer, probe_set, "expert selection before")
+                trainer.train()
+                self._check_training(trainer, snapshot, routers)
+                after, num_tokens = self._count(trainer, probe_set, "expert selection after")
+                snapshot.keeps_trained = keep_tuned_router
+            finally:
+                snapshot.restore()
+        return ExtenderReport(
+            before=before,
+            after=after,
+            blocks={layer: block.name for layer, block in self._blocks.items()},
+            num_probe_tokens=num_tokens,
+            losses=[entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+            settings={"steps": steps, "learning_rate": learning_rate, "batch_size": batch_size, COEF: coef},
+        )
+
+    def _router_parameters(self) -> dict[int, list[nn.Parameter]]:
+        """Layer → what trains there: all of the router but corrections, which no gradient reaches."""
+        return {
+            layer: [
+                parameter
+                for name, parameter in self.model.get_submodule(block.router).named_parameters()
+                if "correction" not in name
+            ]
+            for layer, block in self._blocks.items()
+        }
+
+    def _collator(self, rows: Any) -> Any | None:
+        """Pads labels where there are some, and makes them of the inputs where there are none."""
+        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        if tokenizer is None:
+            return None
+        first = rows[0] if hasattr(rows, "__getitem__") else next(iter(rows))
+        if "labels" in first:
+            return DataCollatorForSeq2Seq(tokenizer, padding="longest", label_pad_token_id=-100)
+        return DataCollatorForLanguageModeling(tokenizer, mlm=False)
+
+    def _balance(self, trainer: Trainer, probe_set: Any, wanted: float | None) -> float:
+        """Turn the model's own load-balancing loss on or off; returns its weight."""
+        configs = [config for config in configs_of(self.model) if hasattr(config, COEF)]
+        config: Any = getattr(self.model, "config", None)
+        first = config.get_text_config() if hasattr(config, "get_text_config") else config
+        known = next((getattr(c, COEF) for c in (first, *configs) if getattr(c, COEF, None) is not None), None)
+        coef = wanted if wanted is not None else (known or 0.0)
+        for holder in [*configs, *(module for module in self.model.modules() if hasattr(module, COEF))]:
+            setattr(holder, COEF, coef)
+        for config in configs_of(self.model):
+            if hasattr(config, FLAG):
+                setattr(config, FLAG, coef > 0)
+        if coef and not self._has_balance_loss(trainer, probe_set):
+            if wanted is not None:
+                raise ValueError(
+                    f"{type(self.model).__name__} has no load-balancing loss of its own, so router_aux_loss_coef={wanted} "
+                    "would have no effect. Leave it out, or set it to 0."
+                )
+            coef = 0.0
+        return float(coef)
+
+    def _has_balance_loss(self, trainer: Trainer, probe_set: Any) -> bool:
+        batch = next(iter(trainer.get_eval_dataloader(probe_set)))
+        return getattr(self._forward(trainer, batch), "aux_loss", None) is not None
+
+    @torch.no_grad()
+    def _forward(self, trainer: Trainer, batch: dict[str, Any]) -> Any:
+        """The model's output, in evaluation mode and in the precision of training."""
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        if "logits_to_keep" in inspect.signature(type(self.model).forward).parameters:
+            inputs["logits_to_keep"] = 1
+        self.model.eval()
+        with trainer.compute_loss_context_manager():
+            return self.model(**inputs)
+
+    def _count(self, trainer: Trainer, probe_set: Any, description: str) -> tuple[dict[int, list[int]], int]:
+        """Layer → how often each expert is chosen on the probe set, and the number of its tokens, of all processes."""
+        counts = {block.name: torch.zeros(block.num_experts, dtype=torch.int64) for block in self._blocks.values()}
+        num_tokens = torch.zeros(1, dtype=torch.int64)
+
+        def listen(forward_pass: ForwardPass) -> None:
+            for index, (name, record) in enumerate(forward_pass.records.get(BASE, {}).items()):
+                block = name.partition("#")[0]
+                if block in counts:
+                    counts[block] += record.expert_counts.long().sum(dim=0).cpu()
+                if index == 0:
+                    num_tokens.add_(record.num_tokens.long().sum().cpu())
+
+        # all processes may have different numbers of batches: nothing in here waits for the others
+        trainer.accelerator.even_batches = False
+        loader = trainer.get_eval_dataloader(probe_set)
+        is_silent = trainer.args.disable_tqdm or not trainer.is_local_process_zero()
+        with listen_to_routers(self.model, listen):
+            for batch in tqdm(loader, desc=description, disable=is_silent):
+                self._forward(trainer, batch)
+        trainer.accelerator.even_batches = True
+        counted = torch.cat([*counts.values(), num_tokens]).to(trainer.args.device)
+        total: torch.Tensor = trainer.accelerator.reduce(counted, "sum")
+        parts = torch.split(total.cpu(), [*(block.num_experts for block in self._blocks.values()), 1])
+        by_layer = {layer: part.tolist() for layer, part in zip(self._blocks, parts, strict=False)}
+        if unseen := [layer for layer, found in by_layer.items() if not any(found)]:
+            raise ValueError(
+                f"The probe set has sent no token through the routers of layers {unseen}. Make sure that it is not empty "
+                "and that its attention_mask is not 0 everywhere."
+            )
+        return by_layer, int(parts[-1])
+
+    def _check_training(self, trainer: Trainer, snapshot: Snapshot, routers: dict[int, list[nn.Parameter]]) -> None:
+        """Refuse routers from which nothing can be learned."""
+        steps = trainer.args.max_steps
+        if trainer.state.global_step < steps:
+            raise RuntimeError(
+                f"Training ended after {trainer.state.global_step} of {steps} steps: the training set gave no more batches."
+            )
+        broken = [layer for layer, found in routers.items() if not all(p.isfinite().all() for p in found)]
+        if broken:
+            raise FloatingPointError(
+                f"The routers of layers {broken} are not finite after {steps} steps. Lower the learning rate "
+                f"({trainer.args.learning_rate})."
+            )
+        changed = snapshot.changed()
+        still = [layer for layer, found in routers.items() if not any(id(p) in changed for p in found)]
+        if len(still) == len(routers):
+            raise RuntimeError(
+                f"No router has changed in {steps} steps at learning rate {trainer.args.learning_rate}: no gradient has "
+                "reached them, or each update was smaller than their precision. Make sure that labels are not -100 "
+                "everywhere. Where a router gives its only chosen expert the weight 1, only the load-balancing loss moves "
+                "it: set router_aux_loss_coef."
+            )
+        if still:
+            logger.warning(f"The routers of layers {still} have not changed in {steps} steps; their shift is 0.")
+
+
+def _check_model(model: nn.Module) -> None:
+    kind = type(model).__name__
+    if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            f"{kind} carries adapters, but the Extender measures the base model that MoExtend extends. Merge them with "
+            "merge_and_unload(), or measure before they are added."
+        )
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or "FullyShard" in kind:
+        raise ValueError(
+            f"{kind} is wrapped for distributed training. Pass the bare model: the Trainer inside wraps it by itself."
+        )
+    if getattr(model, "is_quantized", False):
+        raise ValueError(f"{kind} is quantised, and the Trainer refuses to train it. Load it without quantisation.")
+    meta = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if meta:
+        raise ValueError(
+            f"{len(meta)} parameters of {kind} are on the meta device, the first is '{meta[0]}': the model is offloaded or "
+            "not loaded. Load it into memory in full."
+        )
+
+
+def _known_blocks(model: nn.Module) -> dict[int, MoeBlock]:
+    """Layer → mixture of experts, in order; a warning about those that cannot be extended."""
+    blocks, refused = find_moe_blocks(model)
+    for layer, block in list(blocks.items()):
+        router = model.get_submodule(block.router)
+        routing = probe(router, block, num_groups(router))
+        if isinstance(routing, str):
+            refused.append(f"'{block.router}' ({type(router).__name__}) {routing}")
+            del blocks[layer]
+        elif not all(parameter.is_floating_point() for parameter in router.parameters()):
+            refused.append(f"'{block.router}' ({type(router).__name__}) is quantised and cannot be trained.")
+            del blocks[layer]
+    reasons = "".join(f"\n  - {reason}" for reason in refused)
+    kind = type(model).__name__
+    if not blocks:
+        raise ValueError(
+            f"{kind} has no mixture of experts that MoExtend can extend"
+            + (f". Refused:{reasons}" if refused else ": no module has a child 'experts' with stacked parameters.")
+        )
+    if refused:
+        logger.warning(f"Some mixtures of experts of {kind} cannot be extended and are left out:{reasons}")
+    return dict(sorted(blocks.items()))
+
+
+def _check_arguments(
+    train_set: Any, probe_set: Any, steps: Any, learning_rate: Any, batch_size: Any, coef: float | None
+) -> None:
+    problems = [
+        f"{name} must be a whole number of at least 1, but is {value!r}."
+        for name, value in (("steps", steps), ("batch_size", batch_size))
+        if not is_positive_int(value)
+    ]
+    if not learning_rate > 0:
+        problems.append(f"learning_rate must be positive, but is {learning_rate!r}.")
+    if coef is not None and not coef >= 0:
+        problems.append(f"{COEF} must not be negative, but is {coef!r}.")
+    problems += [
+        f"{name} is empty."
+        for name, rows in (("train_set", train_set), ("probe_set", probe_set))
+        if (not len(rows) if hasattr(rows, "__len__") else next(iter(rows), None) is None)
+    ]
+    if problems:
+        raise ValueError("The Extender cannot measure:\n" + "\n".join(f"  - {problem}" for problem in problems))
