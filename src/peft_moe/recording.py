@@ -58,7 +58,7 @@ class Route:
     """Where one router sent its tokens.
 
     Args:
-        top_k_index (`torch.Tensor` of shape `(T, K)`, int64)
+        top_k_index (`torch.Tensor` of shape `(T, K)`, int64): the choices that load balancing counts.
         token_mask (`torch.Tensor` of shape `(B, S)`, `B · S = T`): 0 for padding.
     """
 
@@ -288,7 +288,7 @@ class RoutingRecorder:
         with torch.no_grad():
             by_router[name] = routing_statistics(output.router_logits, output.counted_index, mask)
         if self.listeners:
-            forward_pass.routes.setdefault(adapter_name, {})[name] = Route(output.top_k_index, mask)
+            forward_pass.routes.setdefault(adapter_name, {})[name] = Route(output.counted_index, mask)
         if is_training and forward_pass.has_gradient:
             forward_pass.is_awaited = True
             if output.router_logits.requires_grad:

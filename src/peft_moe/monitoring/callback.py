@@ -12,7 +12,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
-from ..pretrained_moe import RouterRecording
+from ..pretrained_moe import RouterRecording, belongs_to_tuner
 from ..recording import ForwardPass, RoutingRecorder, get_recorder
 from .expert_load import ExpertLoad
 from .summary import DEAD_THRESHOLD, LoadSummary
@@ -217,14 +217,16 @@ class ExpertLoadCallback(TrainerCallback):
         recorder = _alive(self._recorder)
         if model is None or (recorder is not None and get_recorder(model) is recorder):
             return
+        known = get_recorder(model)
+        # the base model's own routers count where there is nothing else: beside a tuner they are frozen
+        has_tuner = known is not None and belongs_to_tuner(model, known)
         try:
-            # the base model's own routers count where there is nothing else: beside a tuner they are frozen
-            recording = None if get_recorder(model) is not None else RouterRecording(model)
+            recording = None if has_tuner else RouterRecording(model)
         except ValueError:
             if is_required:
                 raise
             return
-        recorder = recording.recorder if recording is not None else get_recorder(model)
+        recorder = known if recording is None else recording.recorder
         assert recorder is not None
         if self._stop_listening is not None:
             self._stop_listening()

@@ -51,31 +51,26 @@ class ExpertLoad:
     @classmethod
     def for_model(cls, model: nn.Module) -> ExpertLoad:
         """An empty load that knows the image token of `model`, if its config names one."""
-        return cls(image_token_id=_image_token_id(model))
+        return cls(image_token_id=image_token_id_of(model))
 
     @torch.no_grad()
     def add_pass(self, forward_pass: ForwardPass, *, domain: str = ALL) -> None:
         """Add what one finished forward pass routed; a router that ran several times is one router."""
-        is_image = self._is_image(forward_pass)
+        is_image = image_positions(forward_pass, self.image_token_id)
         for adapter, records in forward_pass.records.items():
             for name, record in records.items():
                 router = name.partition("#")[0]
                 counts = record.expert_counts.long().sum(dim=0)
                 route = forward_pass.routes.get(adapter, {}).get(name)
                 if is_image is None or route is None or is_image.shape != route.token_mask.shape:
-                    self._add(LoadKey(adapter, router, domain, ALL), counts)
+                    self.add_counts(LoadKey(adapter, router, domain, ALL), counts)
                     continue
                 image_counts = _count_where(is_image, route, num_experts=counts.shape[0])
-                self._add(LoadKey(adapter, router, domain, TEXT), counts - image_counts)
-                self._add(LoadKey(adapter, router, domain, IMAGE), image_counts)
+                self.add_counts(LoadKey(adapter, router, domain, TEXT), counts - image_counts)
+                self.add_counts(LoadKey(adapter, router, domain, IMAGE), image_counts)
 
-    def _is_image(self, forward_pass: ForwardPass) -> torch.Tensor | None:
-        input_ids = forward_pass.inputs.get("input_ids")
-        if self.image_token_id is None or not isinstance(input_ids, torch.Tensor):
-            return None
-        return input_ids == self.image_token_id
-
-    def _add(self, key: LoadKey, counts: torch.Tensor) -> None:
+    def add_counts(self, key: LoadKey, counts: torch.Tensor) -> None:
+        """Add counts of shape `(E,)`."""
         # out of place: a sum that began under torch.inference_mode may not be changed outside of it
         self.counts[key] = self.counts[key] + counts.to(self.counts[key].device) if key in self.counts else counts
 
@@ -83,7 +78,7 @@ class ExpertLoad:
         total = ExpertLoad(image_token_id=self.image_token_id)
         for load in (self, other):
             for key, counts in load.counts.items():
-                total._add(key, counts)
+                total.add_counts(key, counts)
         return total
 
     def without_domain(self, domain: str) -> ExpertLoad:
@@ -96,7 +91,7 @@ class ExpertLoad:
         """A copy in which everything belongs to `domain`."""
         copy = ExpertLoad(image_token_id=self.image_token_id)
         for key, counts in self.counts.items():
-            copy._add(key._replace(domain=domain), counts)
+            copy.add_counts(key._replace(domain=domain), counts)
         return copy
 
     @property
@@ -200,7 +195,7 @@ class ExpertLoad:
         total = ExpertLoad(image_token_id=self.image_token_id)
         for counts_of_process in gather_objects({tuple(key): counts.tolist() for key, counts in self.counts.items()}):
             for key, counts in counts_of_process.items():
-                total._add(LoadKey(*key), torch.tensor(counts))
+                total.add_counts(LoadKey(*key), torch.tensor(counts))
         return total
 
 
@@ -256,7 +251,16 @@ def _count_where(is_chosen: torch.Tensor, route: Route, *, num_experts: int) -> 
     return counts.scatter_add_(0, index.reshape(-1), weight.reshape(-1))
 
 
-def _image_token_id(model: nn.Module) -> int | None:
+def image_positions(forward_pass: ForwardPass, image_token_id: int | None) -> torch.Tensor | None:
+    """Which tokens of a pass are image tokens, `(B, S)`; `None` where its `input_ids` do not say."""
+    input_ids = forward_pass.inputs.get("input_ids")
+    if image_token_id is None or not isinstance(input_ids, torch.Tensor):
+        return None
+    return input_ids == image_token_id
+
+
+def image_token_id_of(model: nn.Module) -> int | None:
+    """The image token that the config of a model, or of a module inside it, names."""
     for module in model.modules():
         config = getattr(module, "config", None)
         for name in ("image_token_id", "image_token_index"):

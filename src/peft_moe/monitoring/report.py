@@ -1,11 +1,14 @@
-"""Expert load as markdown, for a model card or a terminal."""
+"""Expert load, modalities and pathways as markdown, for a model card or a terminal."""
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from .expert_load import ExpertLoad
+from .modality import modality_shares
+from .pathways import ExpertPathways
 from .summary import DEAD_THRESHOLD, load_shares
 
 
@@ -53,6 +56,102 @@ def expert_load_report(
             f"Share of the choices of each router, {by.replace('_', ' ')} **{name}**:\n\n{_shares_table(table)}"
         )
     return "\n\n".join(blocks) + "\n"
+
+
+def modality_report(load: ExpertLoad, *, adapter: str | None = None) -> str:
+    """A markdown report of [`modality_shares`]: how far apart text and image are, and both inside each expert.
+
+    Args:
+        load (`ExpertLoad`): counts by token group.
+        adapter (`str`, *optional*): only this adapter.
+
+    Raises:
+        ValueError: no router saw tokens of both kinds.
+
+    Example:
+
+    ```py
+    >>> print(modality_report(load))
+    ```
+    """
+    shares = modality_shares(load, adapter=adapter)
+    labels = dict(zip(shares, router_labels(list(shares)), strict=True))
+    distances = [[labels[name], f"{entry.distance:.3f}"] for name, entry in shares.items()]
+    tables = {
+        "Share of each expert, text and image weighing equally": {n: s.balanced for n, s in shares.items()},
+        "Part of an expert's tokens that are image tokens, text and image weighing equally (50% = no preference)": {
+            name: entry.image_fraction for name, entry in shares.items()
+        },
+        "Share of each expert among **text** tokens": {name: entry.text for name, entry in shares.items()},
+        "Share of each expert among **image** tokens": {name: entry.image for name, entry in shares.items()},
+    }
+    header = ["router", "distance between text and image (0 = alike, 1 = no expert in common)"]
+    blocks = [_markdown(header, distances)]
+    blocks += [f"{caption}:\n\n{_percent_table(table, labels)}" for caption, table in tables.items()]
+    return "\n\n".join(blocks) + "\n"
+
+
+def pathways_report(pathways: ExpertPathways, *, n: int = 10) -> str:
+    """A markdown report: how concentrated pathways are, then the `n` most common ones of each token group.
+
+    Args:
+        pathways (`ExpertPathways`): the counts.
+        n (`int`): how many pathways of each stack of layers and token group.
+
+    Raises:
+        ValueError: nothing was counted.
+
+    Example:
+
+    ```py
+    >>> print(pathways_report(pathways))
+    ```
+    """
+    if not pathways.stacks:
+        raise ValueError("There are no pathways to report: no forward pass was counted.")
+    overview, blocks = [], []
+    for stack, key in pathways.stacks.items():
+        for group in pathways.counts[key]:
+            summary = pathways.summary(n, token_group=group, stack=stack)
+            found = pathways.top(n, token_group=group, stack=stack)
+            overview.append(
+                [
+                    group if len(pathways.stacks) == 1 else f"{stack}, {group}",
+                    str(summary["num_tokens"]),
+                    str(summary["num_pathways"]),
+                    f"{summary['top_share']:.1%}",
+                    f"{summary['independent_top_share']:.1%}",
+                ]
+            )
+            rows = [
+                [
+                    str(rank),
+                    pathway.label,
+                    str(pathway.num_tokens),
+                    f"{pathway.share:.2%}",
+                    f"{pathway.independent_share:.2%}",
+                    pathway.lift_label,
+                ]
+                for rank, pathway in enumerate(found, start=1)
+            ]
+            layers = ", ".join(router_labels(key.routers))
+            table = _markdown(["rank", "experts", "tokens", "share", "if layers were independent", "ratio"], rows)
+            blocks.append(f"Pathways of **{group}** tokens through {stack} ({layers}):\n\n{table}")
+    header = ["token group", "tokens", "distinct pathways", f"share of the top {n}", "if layers were independent"]
+    return "\n\n".join([_markdown(header, overview), *blocks]) + "\n"
+
+
+def _percent_table(table: Mapping[str, Sequence[float]], labels: Mapping[str, str]) -> str:
+    width = max(map(len, table.values()))
+    rows = [
+        [
+            labels[name],
+            *("–" if math.isnan(value) else f"{value:.1%}" for value in values),
+            *[""] * (width - len(values)),
+        ]
+        for name, values in table.items()
+    ]
+    return _markdown(["router", *(f"expert {index}" for index in range(width))], rows)
 
 
 def _overview(

@@ -9,7 +9,7 @@ from .blocks import (
     num_groups,
     per_expert_tensors,
 )
-from .recording import BASE, RouterRecording, listen_to_routers
+from .recording import BASE, RouterRecording, belongs_to_tuner, listen_to_routers
 from .routers import Routing, probe, read_routing, returns_probabilities, route
 
 
@@ -20,6 +20,7 @@ __all__ = [
     "RouterRecording",
     "Routing",
     "base_of",
+    "belongs_to_tuner",
     "find_moe_blocks",
     "gate_weight_name",
     "listen_to_routers",

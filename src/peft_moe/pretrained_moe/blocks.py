@@ -67,7 +67,7 @@ def find_moe_blocks(model: nn.Module) -> tuple[dict[int, MoeBlock], list[str]]:
         if EXPERTS_NAME not in children or f".{EXPERTS_NAME}" in name:
             continue
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        found = _read_block(name, {child: base_of(entry) for child, entry in children.items()}, dict(own))
+        found = read_block(name, {child: base_of(entry) for child, entry in children.items()}, dict(own))
         if isinstance(found, str):
             refused.append(found)
         elif found.layer in blocks:
@@ -80,7 +80,7 @@ def find_moe_blocks(model: nn.Module) -> tuple[dict[int, MoeBlock], list[str]]:
     return blocks, refused
 
 
-def _read_block(name: str, children: dict[str, nn.Module], own: dict[str, torch.Tensor]) -> MoeBlock | str:
+def read_block(name: str, children: dict[str, nn.Module], own: dict[str, torch.Tensor]) -> MoeBlock | str:
     """The block of this name with these children and tensors, or the reason why it cannot be extended."""
     numbers = [int(part) for part in name.split(".") if part.isdecimal()]
     if not numbers:

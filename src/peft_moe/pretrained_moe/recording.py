@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,11 +10,12 @@ from typing import Any
 import torch
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from ..recording import ForwardPass, RoutingRecorder, get_recorder, install_recorder, remove_recorder
 from ..routing import RouterOutput
-from .blocks import MoeBlock, base_of, find_moe_blocks
+from .blocks import EXPERTS_NAME, ROUTER_NAMES, MoeBlock, read_block
 from .routers import read_routing, returns_probabilities
 
 
@@ -41,16 +43,15 @@ class RouterRecording:
         root = extract_model_from_parallel(model)
         self._root: nn.Module = root.get_base_model() if isinstance(root, PeftModel) else root
         known = get_recorder(self._root)
-        blocks, refused = find_moe_blocks(self._root)
-        if known is None and not blocks:
+        found, refused = _find_routers(self._root)
+        if known is None and not found:
             raise ValueError(_no_router(model, refused))
         self.recorder = install_recorder(self._root) if known is None else known
-        self._hooks = [self._hook(block) for block in blocks.values()]
+        self._hooks = [self._hook(router, block) for router, block in found]
         for hook in self._hooks:
             hook.num_users += 1
 
-    def _hook(self, block: MoeBlock) -> _RecordDecision:
-        router = base_of(self._root.get_submodule(block.router))
+    def _hook(self, router: nn.Module, block: MoeBlock) -> _RecordDecision:
         for known in router._forward_hooks.values():
             if isinstance(known, _RecordDecision):
                 return known
@@ -64,8 +65,65 @@ class RouterRecording:
             if not hook.num_users:
                 hook.handle.remove()
         is_used = self.recorder.listeners or any(hook.num_users for hook in hooks)
-        if hooks and not is_used and not _belongs_to_tuner(self._root, self.recorder):
+        if hooks and not is_used and not belongs_to_tuner(self._root, self.recorder):
             remove_recorder(self._root)
+
+
+def _find_routers(root: nn.Module) -> tuple[list[tuple[nn.Module, MoeBlock]], list[str]]:
+    """Every router of the base model with its block, under the name that it had before PEFT wrapped it, and a sentence
+    for each mixture whose router is not known. A block that PEFT has copied comes once for each copy."""
+    found, refused = [], []
+    for name, module in root.named_modules():
+        children = dict(module.named_children())
+        if EXPERTS_NAME not in children or f".{EXPERTS_NAME}" in name:
+            continue
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        originals = {child: _original(entry) for child, entry in children.items()}
+        block = read_block(_original_name(name), originals, dict(own))
+        if isinstance(block, str):
+            refused.append(block)
+        else:
+            router_name = next(router for router in ROUTER_NAMES if router in children)
+            found.append((_called(children[router_name]), block))
+    return found, refused
+
+
+def _called(router: nn.Module) -> nn.Module:
+    """What returns the decision of the base model's router: of a copy in `modules_to_save`, where one is active."""
+    if isinstance(router, ModulesToSaveWrapper):
+        return router
+    inner = getattr(router, "base_layer", None)
+    return _called(inner) if isinstance(inner, nn.Module) else router
+
+
+def _original(module: nn.Module) -> nn.Module:
+    """The module of the base model inside what PEFT has put around it."""
+    name = "original_module" if isinstance(module, ModulesToSaveWrapper) else "base_layer"
+    inner = getattr(module, name, None)
+    return _original(inner) if isinstance(inner, nn.Module) else module
+
+
+def _without_hooks(module: nn.Module) -> nn.Module:
+    """A shallow copy: what others have hung on a router is not to see how it is tried out."""
+    copied = copy.copy(module)
+    for name in ("_forward_hooks", "_forward_pre_hooks"):
+        setattr(copied, name, type(getattr(module, name))())
+    return copied
+
+
+def _original_name(name: str) -> str:
+    """`name` without the parts that PEFT has put in.
+
+    >>> _original_name("layers.0.mlp.modules_to_save.default.gate")
+    'layers.0.mlp.gate'
+    """
+    parts, kept = iter(name.split(".")), []
+    for part in parts:
+        if part == "modules_to_save":
+            next(parts, None)
+        elif part not in ("base_layer", "original_module"):
+            kept.append(part)
+    return ".".join(kept)
 
 
 class _RecordDecision:
@@ -74,7 +132,7 @@ class _RecordDecision:
     def __init__(self, router: nn.Module, block: MoeBlock, recorder: RoutingRecorder) -> None:
         self.block = block
         self.recorder = recorder
-        self.is_probability = returns_probabilities(router, block)
+        self.is_probability = returns_probabilities(_without_hooks(_original(router)), block)
         self.num_users = 0
         self.handle = router.register_forward_hook(self)
 
@@ -86,11 +144,12 @@ class _RecordDecision:
             return  # it runs with further experts, and the tuner that added them records it
         logits = routing.router_logits.detach().float().reshape(-1, self.block.num_experts)
         index = routing.top_k_index.reshape(logits.shape[0], -1)
-        weights = routing.top_k_weights.detach().reshape(index.shape)
+        # best first, which some families do not promise
+        index = index.gather(-1, logits.gather(-1, index).argsort(dim=-1, descending=True, stable=True))
         self.recorder.record(
             BASE,
             self.block.name,
-            RouterOutput(logits, index, weights),
+            RouterOutput(logits, index, None),
             shape=self._shape(logits.shape[0]),
             is_training=False,
         )
@@ -128,7 +187,8 @@ def listen_to_routers(model: nn.Module, listener: Callable[[ForwardPass], None])
         recording.close()
 
 
-def _belongs_to_tuner(root: nn.Module, recorder: RoutingRecorder) -> bool:
+def belongs_to_tuner(root: nn.Module, recorder: RoutingRecorder) -> bool:
+    """Whether a tuner records too, so that the recorder has to stay when nobody listens."""
     return bool(recorder.output_hooks) or any(
         getattr(module, "recorder", None) is recorder for module in root.modules()
     )
