@@ -47,6 +47,7 @@ assets: $(INSTALLED)  ## fetch the pretrained model of the demo into a cache out
 test-assets: assets
 	@$(BIN)/python examples/pretrained.py minilm
 	@$(BIN)/python examples/moe_llava/data.py
+	@$(BIN)/python tests/upstream/fetch.py
 
 demo: assets  ## fine-tune a pretrained language model with MoLE, reload it, plot its experts
 	@$(OFFLINE) $(BIN)/python examples/mole/demo.py

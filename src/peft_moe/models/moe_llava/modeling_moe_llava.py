@@ -1,7 +1,5 @@
 """`MoeLlavaForConditionalGeneration`: LLaVA with mixtures of experts in its language model."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,17 +14,19 @@ from transformers import (
 )
 from transformers.cache_utils import Cache
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_moe_llava import MoeLlavaConfig
 from .outputs import MoeLlavaCausalLMOutputWithPast, MoeLlavaModelOutputWithPast
 from .router import MoeLlavaTopKRouter
 from .routing_losses import load_balancing_loss, router_z_loss
-from .text_backbone import TOKEN_MASK, ExpertsImplementationMixin, build_text_model
+from .text_backbone import TOKEN_MASK, SparseModelMixin, build_text_model
 from .upcycling import model_type_of, upcycle
 
 
-class MoeLlavaPreTrainedModel(ExpertsImplementationMixin, LlavaPreTrainedModel):
+class MoeLlavaPreTrainedModel(SparseModelMixin, LlavaPreTrainedModel):
     """What the classes below share."""
 
     config: MoeLlavaConfig
@@ -88,7 +88,7 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel, LlavaModel):
         image_sizes: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
         output_router_logits: bool | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | MoeLlavaModelOutputWithPast:
         """As [`~transformers.LlavaModel`], with the routers' logits on request.
 
@@ -188,7 +188,7 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, LlavaForConditio
         num_experts_per_tok: int = 2,
         expert_noise: float = 0.0,
         **kwargs: Any,
-    ) -> MoeLlavaForConditionalGeneration:
+    ) -> "MoeLlavaForConditionalGeneration":
         """Make a sparse model out of a dense one: every expert starts as a copy of the MLP that it replaces.
 
         With the default `norm_topk_prob` the new model computes what the dense one did, for any router, until training
@@ -236,7 +236,7 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, LlavaForConditio
         image_sizes: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
         output_router_logits: bool | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | MoeLlavaCausalLMOutputWithPast:
         """As [`~transformers.LlavaForConditionalGeneration`], with the losses of the routers.
 
@@ -244,6 +244,10 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, LlavaForConditio
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 -100 where the next token is not to be learned. In training, `loss` contains the auxiliary losses of the
                 routers; in evaluation it does so only with `output_router_logits`.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*):
+                Where to compute logits: at the last so many positions (0: at all), or at those of an index of shape
+                `(num_positions,)` or `(batch_size, num_positions)`, or of a boolean mask `(batch_size, sequence_length)`,
+                whose logits are flattened to `(num_true, vocab_size)`.
             output_router_logits (`bool`, *optional*):
                 Return `router_logits` and `aux_loss`; by default as the configuration says.
 
@@ -269,8 +273,7 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, LlavaForConditio
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden_states[:, kept, :])
+        logits = self.lm_head(_at(hidden_states, logits_to_keep))
 
         loss = aux_loss = z_loss = None
         if labels is not None:
@@ -309,6 +312,17 @@ def token_mask_of(attention_mask: Any, num_tokens: int) -> torch.Tensor | None:
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
         return None
     return attention_mask[:, -num_tokens:] if attention_mask.shape[1] >= num_tokens else None
+
+
+def _at(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """The last positions, or those that an index names: for all samples, or per sample by number or by a mask."""
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, slice(-logits_to_keep, None), :]
+    if logits_to_keep.dim() < 2:
+        return hidden_states[:, logits_to_keep, :]
+    if logits_to_keep.dtype == torch.bool:
+        return hidden_states[logits_to_keep]
+    return hidden_states.take_along_dim(logits_to_keep.unsqueeze(-1), dim=1)
 
 
 def _flag(output_router_logits: bool | None, config: MoeLlavaConfig) -> bool:

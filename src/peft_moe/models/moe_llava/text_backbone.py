@@ -20,8 +20,19 @@ from .router import MoeLlavaTopKRouter
 TOKEN_MASK = "moe_token_mask"
 
 
-class ExpertsImplementationMixin:
-    """What transformers asks of a class before it hands it an experts implementation."""
+class SparseModelMixin:
+    """What transformers asks of a class before it hands it an experts implementation, and initialisation as in its own."""
+
+    def initialize_weights(self) -> None:
+        """Initialise what has no value yet, see [`~transformers.PreTrainedModel.initialize_weights`]."""
+        # Of models that it does not contain, transformers never initialises modules without parameters of their own, by
+        # which CLIP's attention and MLP set the width of their weights. That spares code which ignores the marks on
+        # parameters that are loaded; all code here obeys them.
+        self.is_custom_code = _false
+        try:
+            super().initialize_weights()
+        finally:
+            del self.is_custom_code
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -41,7 +52,7 @@ class ExpertsImplementationMixin:
         return super()._grouped_mm_can_dispatch()
 
 
-class SparseTextModelMixin(ExpertsImplementationMixin):
+class SparseTextModelMixin(SparseModelMixin):
     """What a text model needs to hold mixtures: initial values for them, and a choice of what computes them."""
 
     @torch.no_grad()
@@ -52,6 +63,10 @@ class SparseTextModelMixin(ExpertsImplementationMixin):
             module.reset_parameters(std=getattr(self.config, "initializer_range", None) or 0.02)
         else:
             super()._init_weights(module)
+
+
+def _false() -> bool:
+    return False
 
 
 @functools.cache

@@ -1,0 +1,112 @@
+"""transformers' own shared tests, taken from the source distribution of the installed version into a cache outside git.
+
+`python tests/upstream/fetch.py` fetches them and prints their folder. The cache is `$PEFT_MOE_CACHE`, or
+`~/.cache/peft_moe`. Beside them lies `parameterized`, which they import.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from importlib.metadata import version
+from pathlib import Path
+
+from filelock import FileLock
+
+
+PARAMETERIZED = "0.9.0"
+PARAMETERIZED_SHA256 = "4e0758e3d41bea3bbd05ec14fc2c24736723f243b28d702081aef438c9372b1b"
+
+
+def sdist_tests(cache_dir: str | Path | None = None, *, download: bool = False) -> Path:
+    """Folder with `tests/`, as the source distribution has it, and `packages/`, to be put on the path.
+
+    Args:
+        cache_dir: Where it is kept. Defaults to `$PEFT_MOE_CACHE`, else `~/.cache/peft_moe`.
+        download: Fetch what is not there (11 MB).
+
+    Raises:
+        RuntimeError: It is not there and `download` is not set, or it cannot be downloaded.
+    """
+    cache = Path(cache_dir or os.environ.get("PEFT_MOE_CACHE") or "~/.cache/peft_moe").expanduser()
+    installed = version("transformers")
+    target = cache / f"transformers-{installed}-tests"
+    if target.is_dir():
+        return target
+    if not download:
+        raise RuntimeError(
+            f"The shared tests of transformers {installed} are not in {cache}. Run 'make test-assets', which takes them "
+            "from its source distribution."
+        )
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / f"{target.name}.lock"):
+        if target.is_dir():
+            return target
+        with tempfile.TemporaryDirectory(dir=cache, prefix=f"{target.name}.") as scratch:
+            built = Path(scratch) / target.name
+            downloads = Path(scratch) / "downloads"
+            _unpack_tests(_download(f"transformers=={installed}", "--no-binary", downloads), built)
+            _unpack_parameterized(_download(f"parameterized=={PARAMETERIZED}", "--only-binary", downloads), built)
+            built.rename(target)
+    return target
+
+
+def _download(requirement: str, format_flag: str, folder: Path) -> Path:
+    """The one file that pip puts into the empty subfolder. Of a source distribution pip reads the metadata, no more."""
+    folder = folder / requirement
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    print(f"Downloading {requirement}", file=sys.stderr, flush=True)
+    run = subprocess.run(
+        [*command, format_flag, ":all:", "--dest", str(folder), requirement], capture_output=True, text=True
+    )
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    if run.returncode != 0 or len(files) != 1:
+        raise RuntimeError(
+            f"pip could not download {requirement} with {format_flag}. Its last words: {run.stderr.strip()[-500:]!r}. "
+            "Check the network, then run this again; a version that is not on PyPI has no source distribution."
+        )
+    return files[0]
+
+
+def _unpack_tests(archive: Path, folder: Path) -> None:
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            parts = Path(member.name).parts[1:]
+            if member.isfile() and parts[:1] == ("tests",) and ".." not in parts:
+                path = folder.joinpath(*parts)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with tar.extractfile(member) as source, path.open("wb") as copy:
+                    shutil.copyfileobj(source, copy)
+    if not (folder / "tests").is_dir():
+        raise RuntimeError(f"{archive.name} has no folder 'tests': the shared tests cannot be run for this version.")
+
+
+def _unpack_parameterized(wheel: Path, folder: Path) -> None:
+    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if found != PARAMETERIZED_SHA256:
+        raise RuntimeError(
+            f"{wheel.name} has sha256 {found}, but {PARAMETERIZED_SHA256} was expected: the download was damaged or the "
+            "package was replaced. Run this again, and if it repeats do not use the file."
+        )
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            if name.startswith("parameterized/") and name.endswith(".py") and "/test" not in name:
+                archive.extract(name, folder / "packages")
+
+
+def main() -> None:
+    """Fetches the tests. Where they cannot be had, what needs them is skipped, so that is no error."""
+    try:
+        print(sdist_tests(download=True))
+    except RuntimeError as error:
+        print(f"{error} The tests in tests/upstream will be skipped.", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
