@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import tempfile
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq
 
 from ...pretrained_moe import BASE, MoeBlock, find_moe_blocks, listen_to_routers, num_groups, probe
 from ...recording import ForwardPass
-from ..experts_config import is_positive_int
+from ..experts_config import is_number, is_positive_int
 from .extender_report import ExtenderReport
 from .restore import Snapshot, configs_of, same_random_state
 
@@ -315,10 +316,10 @@ def _check_arguments(
         for name, value in (("steps", steps), ("batch_size", batch_size))
         if not is_positive_int(value)
     ]
-    if not learning_rate > 0:
-        problems.append(f"learning_rate must be positive, but is {learning_rate!r}.")
-    if coef is not None and not coef >= 0:
-        problems.append(f"{COEF} must not be negative, but is {coef!r}.")
+    if not is_number(learning_rate) or not 0 < learning_rate < math.inf:
+        problems.append(f"learning_rate must be a positive number, but is {learning_rate!r}.")
+    if coef is not None and not (is_number(coef) and 0 <= coef < math.inf):
+        problems.append(f"{COEF} must be a number and not negative, but is {coef!r}.")
     problems += [
         f"{name} is empty."
         for name, rows in (("train_set", train_set), ("probe_set", probe_set))
