@@ -34,6 +34,7 @@ EXTRAS["all"] = sorted({requirement for name in EXTRAS if name != "flash-attn" f
 EXTRAS["test"] = [
     *EXTRAS["plots"],
     *EXTRAS["quantization"],
+    *EXTRAS["triton"],
     *EXTRAS["trl"],
     "gguf>=0.17",
     "hypothesis>=6.100",

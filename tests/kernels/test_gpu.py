@@ -1,0 +1,152 @@
+"""Every backend on a CUDA device: like the oracle, the same in every run, inside a CUDA graph, within the promised memory."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from kernel_cases import CASES, KernelCase, make_grad_out, make_index, make_inputs
+from kernel_oracle import outputs_and_gradients
+from test_conformance import LIMITS, gradients, relative_error
+
+from peft_moe.kernels import BACKENDS, Case, DispatchPlan, lora_experts
+
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+
+DEVICE = "cuda"
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+LARGE = {
+    "llama_7b": KernelCase("a linear of a 7B model", 2048, 4096, 4096, num_experts=8, rank=16, top_k=2),
+    "fine_grained": KernelCase("many experts", 2048, 2048, 1024, num_experts=64, rank=32, top_k=2),
+    "skewed": KernelCase("one expert has nearly all", 4096, 1024, 1024, rank=64, top_k=1, forced=[[2]] * 4095 + [[0]]),
+    "wide_rank": KernelCase("a rank above the widest tile", 1024, 1024, 1024, rank=160, top_k=2),
+    "decode": KernelCase("a few tokens", 7, 4096, 11008, num_experts=8, rank=16, top_k=2),
+}
+
+
+def on_device(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().to(DEVICE).requires_grad_() for name, tensor in tensors.items()}
+
+
+def skip_unless_supported(backend: str, case: KernelCase, dtype: torch.dtype) -> None:
+    sizes = (case.num_tokens, case.in_features, case.out_features, case.num_experts, case.rank, case.top_k)
+    facts = Case(*sizes, dtype, DEVICE, case.tokens_per_example)
+    for can_run, reason in (BACKENDS[backend].is_usable(), BACKENDS[backend].supports(facts)):
+        if not can_run:
+            pytest.skip(reason)
+
+
+def plan_of(case: KernelCase) -> DispatchPlan:
+    index = make_index(case).to(DEVICE)
+    return DispatchPlan.from_index(index, case.num_experts, tokens_per_example=case.tokens_per_example)
+
+
+def run(backend: str, case: KernelCase, inputs: dict[str, torch.Tensor], grad_out: torch.Tensor) -> dict:
+    out = lora_experts(**inputs, plan=plan_of(case), scaling=case.scaling, backend=backend)
+    return {"out": out, **gradients(out, inputs, grad_out.to(DEVICE))}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.is_dispatched])
+def test_agrees_with_the_oracle(backend, dtype, name):
+    case = CASES[name]
+    skip_unless_supported(backend, case, dtype)
+    inputs, grad_out = make_inputs(case, dtype), make_grad_out(case, dtype)
+    expected = outputs_and_gradients(inputs, make_index(case), case.scaling, grad_out, case.tokens_per_example)
+    found = run(backend, case, on_device(inputs), grad_out)
+    errors = {key: relative_error(found[key].detach().cpu(), expected[key]) for key in expected}
+    assert max(errors.values()) <= LIMITS[dtype], errors
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "eager"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", LARGE)
+def test_large_shapes_agree_with_the_definition(backend, dtype, name):
+    case = LARGE[name]
+    skip_unless_supported(backend, case, dtype)
+    if backend in ("gather", "pair_loop") and case.num_tokens > 64:
+        pytest.skip("it copies weights for each token and is for few of them")
+    inputs, grad_out = on_device(make_inputs(case, dtype)), make_grad_out(case, dtype)
+    exact = {key: tensor.detach().double().requires_grad_() for key, tensor in inputs.items()}
+    expected = run("eager", case, exact, grad_out.double())
+    found = run(backend, case, inputs, grad_out)
+    errors = {key: relative_error(found[key].detach(), expected[key].detach()) for key in expected}
+    assert max(errors.values()) <= LIMITS[dtype], errors
+
+
+@pytest.mark.parametrize("backend", ["triton", "dense", "grouped_mm"])
+def test_a_hundred_runs_are_equal_to_the_bit(backend):
+    case = LARGE["llama_7b"]
+    skip_unless_supported(backend, case, torch.bfloat16)
+    inputs, grad_out = on_device(make_inputs(case, torch.bfloat16)), make_grad_out(case, torch.bfloat16)
+    first = run(backend, case, inputs, grad_out)
+    for _ in range(99):
+        again = run(backend, case, inputs, grad_out)
+        assert all(torch.equal(again[key], first[key]) for key in first)
+
+
+@pytest.mark.parametrize("backend", ["triton", "dense"])
+@pytest.mark.parametrize("name", ["llama_7b", "decode"])
+def test_a_cuda_graph_replays_another_routing(backend, name):
+    case = LARGE[name]
+    skip_unless_supported(backend, case, torch.bfloat16)
+    inputs = {key: tensor.detach() for key, tensor in on_device(make_inputs(case, torch.bfloat16)).items()}
+    index = make_index(case).to(DEVICE)
+
+    def layer() -> torch.Tensor:
+        plan = DispatchPlan.from_index(index, case.num_experts)
+        return lora_experts(**inputs, plan=plan, scaling=case.scaling, backend=backend)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            layer()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = layer()
+    index.copy_((index + 1) % case.num_experts)
+    graph.replay()
+    torch.cuda.synchronize()
+    torch.testing.assert_close(captured, layer(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_transposed_weights(backend):
+    """On some builds torch multiplies a transposed view of bfloat16 wrongly (pytorch#186365)."""
+    case = dataclasses.replace(CASES["hundred_tokens"], in_features=64, out_features=128, rank=16)
+    skip_unless_supported(backend, case, torch.bfloat16)
+    inputs, grad_out = on_device(make_inputs(case, torch.bfloat16)), make_grad_out(case, torch.bfloat16)
+    views = {
+        key: tensor.detach().mT.contiguous().mT.requires_grad_() if tensor.dim() == 3 else tensor
+        for key, tensor in inputs.items()
+    }
+    assert not views["A"].is_contiguous()
+    found, expected = run(backend, case, views, grad_out), run(backend, case, inputs, grad_out)
+    assert all(relative_error(found[key].detach(), expected[key].detach().double()) <= 1e-2 for key in expected)
+
+
+def test_triton_needs_no_buffer_of_the_size_of_all_rows():
+    case = dataclasses.replace(LARGE["llama_7b"], num_tokens=8192)
+    skip_unless_supported("triton", case, torch.bfloat16)
+    inputs, grad_out = on_device(make_inputs(case, torch.bfloat16)), make_grad_out(case, torch.bfloat16).to(DEVICE)
+    plan = plan_of(case)
+    plan.derived.clear()
+    lora_experts(**inputs, plan=plan, scaling=case.scaling, backend="triton")
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = lora_experts(**inputs, plan=plan, scaling=case.scaling, backend="triton")
+    torch.autograd.grad(out, list(inputs.values()), grad_out)
+    peak = torch.cuda.max_memory_allocated() - before
+    tokens, rows = case.num_tokens, case.num_tokens * case.top_k
+    outputs = tokens * (case.in_features + 2 * case.out_features) * 2  # dx, the output, and the gradient of base_out
+    weights = sum(inputs[name].numel() for name in ("A", "B")) * (2 + 4 * 4)  # gradients, and their split sums
+    small = rows * case.rank * 2 * 4 + rows * 64
+    assert peak <= 1.1 * (outputs + weights + small)
