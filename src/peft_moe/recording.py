@@ -98,7 +98,8 @@ class ForwardPass:
         """Which of the tokens behind `router_logits` `(T, E)` count: shape `(B, S)`, 0 for padding.
 
         A padding mask that covers the key-value cache too is cut to the last S positions. One of any other shape
-        belongs to other tokens (those of an encoder, or image patches), and then every token counts.
+        belongs to other tokens (those of an encoder, or image patches), and then every token counts. `generate` makes a
+        causal mask `(B, 1, S, cache)` of it for a static cache.
 
         Args:
             shape (`torch.Size`): leading axes of the hidden states, `(B, S)` or `(T,)`.
@@ -110,6 +111,8 @@ class ForwardPass:
                 return mask.ne(0)
             if len(shape) == 2 and mask.shape[0] == shape[0] and mask.shape[1] >= shape[1]:
                 return mask[:, -shape[1] :].ne(0)
+        if isinstance(mask, torch.Tensor) and mask.dim() == 4 and len(shape) == 2 and mask.shape[2] == shape[1]:
+            return _visible_tokens(mask, shape[1])
         return router_logits.new_ones(*(shape if len(shape) == 2 else (1, router_logits.shape[0])))
 
     def record_name(self, adapter_name: str, router_name: str) -> str | None:
@@ -127,6 +130,20 @@ class ForwardPass:
         asked = self.num_recomputed.get((adapter_name, router_name), 0)
         self.num_recomputed[adapter_name, router_name] = asked + 1
         return names[-1 - asked % len(names)]
+
+
+def _visible_tokens(causal_mask: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """Which of the newest tokens the very last one sees: `(B, S)`, 0 for padding on the left.
+
+    Args:
+        causal_mask (`torch.Tensor` of shape `(B, 1, S, cache)`): true, or 0 where it is added to scores, if visible.
+    """
+    row = causal_mask[:, 0, -1]
+    is_visible = row if row.dtype == torch.bool else row.eq(0)
+    position = torch.arange(row.shape[1], device=row.device)
+    last = (is_visible * position).amax(dim=1, keepdim=True)
+    newest = last - num_tokens + 1 + torch.arange(num_tokens, device=row.device)
+    return is_visible.gather(1, newest.clamp(min=0))
 
 
 class RoutingRecorder:

@@ -154,6 +154,27 @@ def test_autocast_computes_in_its_dtype_and_keeps_gradients_in_that_of_the_weigh
     assert not torch.equal(found[0], ffn_experts_forward(experts, x, index, weights))
 
 
+def test_autocast_casts_no_more_than_the_experts_that_run():
+    x, index, weights = inputs(num_tokens=1)
+    experts = make("gated")
+    cast = []
+    to = torch.Tensor.to
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        patch.setattr(torch.Tensor, "to", lambda tensor, *a, **k: cast.append(tensor.shape) or to(tensor, *a, **k))
+        ffn_experts_forward(experts, x, index, weights)
+    assert cast and not any(len(shape) == 3 for shape in cast)
+
+
+def test_experts_of_two_dtypes_are_computed_in_the_wider_one():
+    x, index, weights = inputs()
+    experts = make("gated")
+    experts.gate_up_proj.data = experts.gate_up_proj.data.bfloat16()
+    out, _, _, grad_up, grad_down = with_gradients(ffn_experts_forward, experts, x, index, weights)
+    assert (out.dtype, grad_up.dtype, grad_down.dtype) == (torch.float32, torch.bfloat16, torch.float32)
+    wanted = with_gradients(oracle, experts.double(), x.double(), index, weights.double())
+    assert_close([out, grad_down], [wanted[0], wanted[4]], 1e-5)
+
+
 def test_experts_of_other_processes_contribute_nothing():
     x, index, weights = inputs()
     index[::3, 0] = NUM_EXPERTS
@@ -291,6 +312,17 @@ def test_compiled_models_run_grouped_mm():
         wanted = model(tokens).logits
         found = torch.compile(model, fullgraph=True, backend="aot_eager")(tokens).logits
     assert torch.allclose(found, wanted, atol=1e-5)
+
+
+def test_sizes_that_grouped_mm_refuses_compile_too():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    experts = EXPERTS_CLASSES[True, False](Settings(), 3, 10, 7, ACT2FN["silu"]).requires_grad_(False)
+    experts.reset_parameters(0.5)
+    x, weights, index = torch.randn(6, 10), torch.rand(6, 2), torch.tensor([[0, 2]] * 6)
+    found = torch.compile(experts, fullgraph=True, backend="aot_eager")(x, index, weights)
+    torch.testing.assert_close(found, oracle(experts, x, index, weights))
+    assert explain_ffn_experts(experts, "cuda").startswith("batched_mm: ")
 
 
 def test_explanations():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 
@@ -91,3 +92,53 @@ def test_a_callback_of_a_second_trainer_outlives_the_first(tmp_path):
     second.train()
     assert all(sum(counts) > 0 for counts in callback.train_load.by_router().values())
     assert len(callback.train_load.by_router()) == 3
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_padding_does_not_count_with_any_cache(cache):
+    model = BY_NAME["mixtral"].build()
+    batch = token_batch(num_padding=3)
+    batch = {
+        name: batch[name].flip(1) if name == "attention_mask" else batch[name]
+        for name in ("input_ids", "attention_mask")
+    }
+    num_new = 3
+    with torch.no_grad(), record_expert_load(model) as load:
+        model.generate(
+            **batch, max_new_tokens=num_new, min_new_tokens=num_new, do_sample=False, cache_implementation=cache
+        )
+    num_tokens = int(batch["attention_mask"].sum()) + (num_new - 1) * len(batch["input_ids"])
+    assert [sum(counts) for counts in load.by_router().values()] == [2 * num_tokens] * 3
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in place"])
+def test_a_compiled_model_is_recorded_every_time(how):
+    torch._dynamo.reset()
+    model = BY_NAME["mixtral"].build()
+    batch = {name: tensor for name, tensor in moe_batch().items() if name != "labels"}
+    with torch.no_grad(), record_expert_load(model) as expected:
+        model(**batch)
+    if how == "wrapped":
+        compiled = torch.compile(model, backend="eager")
+    else:
+        model.compile(backend="eager")
+        compiled = model
+    for _ in range(2):
+        with torch.no_grad():
+            compiled(**batch)
+            with record_expert_load(compiled) as load:
+                compiled(**batch)
+        assert load.by_router() == expected.by_router()
+
+
+def test_a_copy_made_while_recording_is_not_recorded():
+    model = BY_NAME["mixtral"].build()
+    batch = moe_batch()
+    with torch.no_grad(), record_expert_load(model) as load:
+        copied = copy.deepcopy(model)
+        copied(**batch)
+        assert not load.counts
+    with torch.no_grad(), record_expert_load(copied) as load:
+        copied(**batch)
+    assert [sum(counts) for counts in load.by_router().values()] == [2 * batch["input_ids"].numel()] * 3
+    assert get_recorder(copied) is None

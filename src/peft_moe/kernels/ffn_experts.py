@@ -3,7 +3,7 @@
 On a CPU, expert after expert: its tokens are gathered, go through both linears and are added to the output, in chunks
 whose temporaries stay small. Only the output of the first linear is kept for backward; the gradient of a weight is
 written where it belongs, once. Elsewhere, and where an expert has more parts than two linears, transformers'
-`grouped_mm` computes it; [`explain_ffn_experts`] says which of the two it is, and why.
+`grouped_mm` computes it, or `batched_mm` where sizes are too odd for that; [`explain_ffn_experts`] says which, and why.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def register() -> None:
 
 
 def explain_ffn_experts(experts: nn.Module, device: torch.device | str = "cpu") -> str:
-    """Say whether this package or `grouped_mm` computes a module of experts, and why.
+    """Say what computes a module of experts under the name of this package, and why.
 
     Args:
         experts (`nn.Module`): a module that takes part in transformers' experts interface.
@@ -67,7 +67,7 @@ def explain_ffn_experts(experts: nn.Module, device: torch.device | str = "cpu") 
     ```
     """
     reason = _reason_to_delegate(experts, torch.device(device))
-    return f"{NAME}: expert after expert, on the CPU" if reason is None else f"grouped_mm: {reason}"
+    return f"{NAME}: expert after expert, on the CPU" if reason is None else f"{_stand_in(experts)}: {reason}"
 
 
 def ffn_experts_forward(
@@ -83,8 +83,8 @@ def ffn_experts_forward(
         top_k_weights (`torch.Tensor` of shape `(T, K)`)
     """
     if _reason_to_delegate(self, hidden_states.device) is not None:
-        grouped_mm = ALL_EXPERTS_FUNCTIONS["grouped_mm"]
-        return grouped_mm(self, hidden_states, top_k_index, top_k_weights)  # type: ignore[no-any-return]
+        stand_in = ALL_EXPERTS_FUNCTIONS[_stand_in(self)]
+        return stand_in(self, hidden_states, top_k_index, top_k_weights)  # type: ignore[no-any-return]
     linears, dtype = _linears_of(self, hidden_states.device)
     activation: Activation = self._apply_gate if self.has_gate else self.act_fn  # type: ignore[assignment]
     hidden_states, in_dtype = hidden_states.to(dtype), hidden_states.dtype
@@ -96,6 +96,13 @@ def ffn_experts_forward(
         hidden_states, top_k_weights, *linears, plan, activation
     )
     return out.to(in_dtype)
+
+
+def _stand_in(experts: nn.Module) -> str:
+    """`grouped_mm` demands that rows be multiples of 16 bytes."""
+    weights = [getattr(experts, name) for name in _weight_names(experts)]
+    is_even = all(size * weight.element_size() % 16 == 0 for weight in weights for size in weight.shape[1:])
+    return "grouped_mm" if is_even else "batched_mm"
 
 
 def _reason_to_delegate(experts: nn.Module, device: torch.device) -> str | None:
@@ -131,17 +138,22 @@ def _weight_names(experts: nn.Module) -> tuple[str, str]:
 
 
 def _linears_of(experts: nn.Module, device: torch.device) -> tuple[Linears, torch.dtype]:
-    """The linears in the dtype to compute in: that of the weights, or of autocast."""
+    """The linears as they are, and the dtype to compute in: the wider one of both weights, or that of autocast."""
     parts: dict[str, torch.Tensor | None] = {}
     for name, weight_name in zip(("up", "down"), _weight_names(experts), strict=True):
         weight = getattr(experts, weight_name)
         parts[name] = weight if experts.is_transposed else weight.transpose(1, 2)
         parts[f"{name}_bias"] = getattr(experts, f"{weight_name}_bias") if experts.has_bias else None
-    assert parts["up"] is not None
-    dtype = parts["up"].dtype
+    linears = Linears(**parts)  # type: ignore[arg-type]
+    dtype = torch.promote_types(linears.up.dtype, linears.down.dtype)
     if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device.type)
-    return Linears(**{name: None if part is None else part.to(dtype) for name, part in parts.items()}), dtype  # type: ignore[arg-type]
+    return linears, dtype
+
+
+def _of_expert(linears: Linears, expert: int, dtype: torch.dtype) -> Linears:
+    """Both linears of one expert in this dtype; the whole stacks are never cast."""
+    return Linears(*(None if part is None else part[expert].to(dtype) for part in linears))  # type: ignore[arg-type]
 
 
 def _chunks(plan: DispatchPlan, num_experts: int) -> Iterator[Chunk]:
@@ -162,13 +174,13 @@ def _one_token(
     x_1D: torch.Tensor, experts: list[int], weights_K: torch.Tensor, linears: Linears, activation: Activation
 ) -> torch.Tensor:
     """Decoding: with a single token there is nothing to sort or to gather."""
-    up, up_bias, down, down_bias = linears
+    num_experts = linears.up.shape[0]
     out = torch.zeros_like(x_1D, dtype=_sum_dtype(x_1D.dtype))
     with torch.autocast(x_1D.device.type, enabled=False):
         for expert, weight in zip(experts, weights_K.unbind()):
-            if expert < up.shape[0]:
-                hidden = activation(_affine(x_1D, up[expert], None if up_bias is None else up_bias[expert]))
-                part = _affine(hidden, down[expert], None if down_bias is None else down_bias[expert])
+            if expert < num_experts:
+                up, up_bias, down, down_bias = _of_expert(linears, expert, x_1D.dtype)
+                part = _affine(activation(_affine(x_1D, up, up_bias)), down, down_bias)
                 out.addcmul_(part.to(out.dtype), weight)
     return out.to(x_1D.dtype)
 
@@ -195,11 +207,11 @@ class _FfnExperts(torch.autograd.Function):
         out_TD = torch.zeros_like(x_TD, dtype=_sum_dtype(x_TD.dtype))
         with torch.autocast(x_TD.device.type, enabled=False):
             for expert, rows, token in _chunks(plan, up.shape[0]):
-                inner = _affine(x_TD.index_select(0, token), up[expert], None if up_bias is None else up_bias[expert])
+                own = _of_expert(linears, expert, x_TD.dtype)
+                inner = _affine(x_TD.index_select(0, token), own.up, own.up_bias)
                 if inner_NU is not None:
                     inner_NU[rows] = inner
-                bias = None if down_bias is None else down_bias[expert]
-                part = _affine(activation(inner), down[expert], bias).to(out_TD.dtype)
+                part = _affine(activation(inner), own.down, own.down_bias).to(out_TD.dtype)
                 out_TD.index_add_(0, token, part.mul_(weight_N[rows].unsqueeze(1)))
         ctx.save_for_backward(x_TD, weights_TK, inner_NU, *linears)
         ctx.plan, ctx.activation = plan, activation
@@ -234,16 +246,17 @@ def _backward(
     grad_weight_N = torch.zeros_like(weight_N) if needs_weights else None
     sums = Linears(*(_PerExpertSum(part) if needed else None for part, needed in zip(linears, needs_linears)))  # type: ignore[arg-type]
     for expert, rows, token in _chunks(plan, linears.up.shape[0]):
+        own = _of_expert(linears, expert, x_TD.dtype)
         dy = grad_TD.index_select(0, token)
         with torch.enable_grad():
             inner = inner_NU[rows].requires_grad_()
             hidden = ctx.activation(inner)
         values = hidden.detach()
-        grad_hidden = torch.mm(dy, linears.down[expert].t())
+        grad_hidden = torch.mm(dy, own.down.t())
         if grad_weight_N is not None:
             grad_weight_N[rows] = (grad_hidden * values).sum(-1, dtype=weight_N.dtype)
-            if linears.down_bias is not None:
-                grad_weight_N[rows] += dy @ linears.down_bias[expert]
+            if own.down_bias is not None:
+                grad_weight_N[rows] += dy @ own.down_bias
         weight = weight_N[rows].unsqueeze(1)
         weighted = (dy * weight).to(dy.dtype) if needs_linears[2] or needs_linears[3] else dy
         _add(sums.down, expert, values, weighted)
@@ -255,14 +268,14 @@ def _backward(
             _add(sums.up, expert, x_TD.index_select(0, token), grad_inner)
         _add(sums.up_bias, expert, None, grad_inner)
         if grad_x is not None:
-            grad_x.index_add_(0, token, torch.mm(grad_inner, linears.up[expert].t()).to(grad_x.dtype))
+            grad_x.index_add_(0, token, torch.mm(grad_inner, own.up.t()).to(grad_x.dtype))
     grad_weights = None if grad_weight_N is None else grad_weight_N[plan.row_of_pair].to(weights_TK.dtype)
     results = [None if entry is None else entry.result() for entry in sums]  # type: ignore[attr-defined]
     return [None if grad_x is None else grad_x.to(x_TD.dtype), grad_weights, *results]
 
 
 class _PerExpertSum:
-    """The gradient of one stacked tensor, filled expert after expert; narrow dtypes are summed in float32."""
+    """The gradient of one stacked tensor in its dtype, filled expert after expert; narrow dtypes are summed in float32."""
 
     def __init__(self, like: torch.Tensor) -> None:
         self.grad = torch.empty_like(like)  # keeps the strides, so that it is laid out as the weight is
@@ -273,10 +286,11 @@ class _PerExpertSum:
         """Add `leftᵀ right`, or the sum of the rows of `right`. Chunks of one expert come one after the other."""
         into, is_new = self.grad[expert], not self.seen[expert]
         self.seen[expert] = True
-        if left is not None and into.dtype == _sum_dtype(into.dtype):
+        if left is not None and into.dtype == right.dtype == _sum_dtype(into.dtype):
             torch.mm(left.t(), right, out=into) if is_new else into.addmm_(left.t(), right)
             return
-        part = right.sum(0, dtype=_sum_dtype(right.dtype)) if left is None else torch.mm(left.t(), right).float()
+        wide = _sum_dtype(right.dtype)
+        part = right.sum(0, dtype=wide) if left is None else torch.mm(left.t(), right).to(wide)
         self.running = part if is_new or self.running is None else self.running.add_(part)
         into.copy_(self.running)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ class RouterRecording:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        root = extract_model_from_parallel(model)
+        root = extract_model_from_parallel(model, keep_torch_compile=False)
         self._root: nn.Module = root.get_base_model() if isinstance(root, PeftModel) else root
         known = get_recorder(self._root)
         found, refused = _find_routers(self._root)
@@ -126,8 +126,26 @@ def _original_name(name: str) -> str:
     return ".".join(kept)
 
 
+def _is_compiled(model: nn.Module) -> bool:
+    return any(
+        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
+
+
+class _Nothing:
+    """What is left of a hook in a copy of the model."""
+
+    def __call__(self, *args: Any) -> None:
+        pass
+
+
 class _RecordDecision:
     """Forward hook of a router of the base model."""
+
+    def __reduce__(self) -> tuple[type[_Nothing], tuple[()]]:
+        """A copy of the model is not being recorded."""
+        return _Nothing, ()
 
     def __init__(self, router: nn.Module, block: MoeBlock, recorder: RoutingRecorder) -> None:
         self.block = block
@@ -168,7 +186,7 @@ def listen_to_routers(model: nn.Module, listener: Callable[[ForwardPass], None])
     """Within this context `listener` is called with every forward pass, in training, evaluation or generation.
 
     Passes hold what the routers of tuners decided, under the name of their adapter, and what those of the base model
-    did, under [`BASE`]. Leaves nothing behind.
+    did, under [`BASE`]. Leaves nothing behind. A compiled model runs uncompiled meanwhile.
 
     Args:
         model (`nn.Module`): a model, a `PeftModel` or a distributed wrapper around one.
@@ -181,7 +199,9 @@ def listen_to_routers(model: nn.Module, listener: Callable[[ForwardPass], None])
     listeners = recording.recorder.listeners
     listeners.append(listener)
     try:
-        yield
+        # compiled code does not notice hooks that come after it
+        with torch.compiler.set_stance("force_eager") if _is_compiled(model) else nullcontext():
+            yield
     finally:
         listeners.remove(listener)
         recording.close()
