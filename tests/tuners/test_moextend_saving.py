@@ -1,4 +1,4 @@
-"""A saved adapter comes back to the bit on every path of PEFT; merging gives a plain, larger model of the family."""
+"""A saved adapter comes back to the bit on every path of PEFT."""
 
 from __future__ import annotations
 
@@ -19,14 +19,9 @@ from test_moextend_families import (
     every_family,
     extend,
     logits_of,
-    new_name,
-    routers_of,
-    shaken,
 )
-from torch import nn
 
-from peft_moe.tuners.moextend.layer import MoExtendLayer
-from tiny_moe import NUM_EXPERTS, MoeFamily, image_batch, moe_batch, tiny_moe_llava
+from tiny_moe import NUM_EXPERTS, MoeFamily
 
 
 MIXTRAL = BY_NAME["mixtral"]
@@ -108,103 +103,3 @@ def test_an_incomplete_file_is_refused(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "calibration": "paper"}))
     with pytest.raises(ValueError, match="6 tensors are missing from the file.*Nothing was loaded"):
         PeftModel.from_pretrained(MIXTRAL.build(), tmp_path)
-
-
-def has_no_trace(model: nn.Module) -> bool:
-    """Whether nothing of the tuner is left."""
-    hooks = [h for m in model.modules() for h in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())]
-    is_clean = not any(type(hook).__module__.startswith("peft_moe") for hook in hooks)
-    return is_clean and not any(isinstance(module, MoExtendLayer) for module in model.modules())
-
-
-@every_family
-def test_unload_gives_the_base_model_back(family: MoeFamily):
-    base = family.build()
-    expected, classes = logits_of(base), [type(module) for module in base.modules()]
-    model = get_peft_model(base, config_for(family)).unload()
-    assert has_no_trace(model)
-    assert [type(module) for module in model.modules()] == classes
-    assert_same(logits_of(model), expected, family)
-
-
-@every_family
-def test_a_merged_model_is_plain_and_loads_to_the_bit(family: MoeFamily, tmp_path):
-    model = extend(family, shake=0.1, num_new_experts=2)
-    expected = logits_of(model)
-    own = {name: tensor.clone() for name, tensor in model.base_model.model.state_dict().items()}
-    merged = model.merge_and_unload()
-    assert has_no_trace(merged)
-    torch.testing.assert_close(logits_of(merged), expected, rtol=1e-5, atol=2e-5)
-    merged.save_pretrained(tmp_path)
-    loaded = type(merged).from_pretrained(tmp_path).eval().requires_grad_(False)
-    assert_same(logits_of(loaded), logits_of(merged), family)
-    plain = {name.replace(".base_layer", ""): tensor for name, tensor in own.items() if "moextend_" not in name}
-    for name, tensor in loaded.state_dict().items():
-        old, new = plain[name], own.get(new_name(name, own))
-        axis = 0 if old.shape == tensor.shape else next(i for i, n in enumerate(old.shape) if n != tensor.shape[i])
-        assert torch.equal(tensor, old if old.shape == tensor.shape else torch.cat([old, new], dim=axis)), name
-    asked = loaded(**moe_batch(), output_router_logits=True)
-    assert all(logits.shape[-1] == NUM_EXPERTS + 2 for logits in getattr(asked, "router_logits", None) or ())
-
-
-def test_a_merged_low_rank_adapter_computes_the_same():
-    model = extend(MIXTRAL, shake=0.1, expert_type="lora")
-    expected = logits_of(model)
-    torch.testing.assert_close(logits_of(model.merge_and_unload()), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_an_offset_is_merged_into_the_bias_of_a_router_that_has_one():
-    model = extend(BY_NAME["gpt_oss"], shake=0.1, init="copy_guarded", guard_offset=-0.5)
-    expected = logits_of(model)
-    torch.testing.assert_close(logits_of(model.merge_and_unload()), expected, rtol=1e-5, atol=2e-5)
-
-
-REFUSALS = {
-    "layers that differ": ({"num_new_experts": {0: 1, 1: 2, 2: 1}}, "layers differ in their new experts"),
-    "layers left out": ({"layers": [0, 1]}, r"layers differ in their new experts \({0: 1, 1: 1, 2: 0}\)"),
-    "a trained calibration": ({"calibration": "paper"}, "layer 0 has a trained calibration"),
-    "an offset": ({"init": "copy_guarded"}, "layer 0 has an offset of copy_guarded"),
-}
-
-
-@pytest.mark.parametrize(("settings", "message"), REFUSALS.values(), ids=REFUSALS)
-def test_what_no_plain_model_can_hold_is_not_merged(settings, message):
-    layers = settings.get("layers", [0, 1, 2])
-    model = extend(MIXTRAL, shake=0.1, copy_sources=dict.fromkeys(layers, 1), **settings)
-    expected = logits_of(model)
-    with pytest.raises(ValueError, match=message):
-        model.merge_and_unload()
-    with pytest.raises(ValueError, match="cannot be merged in place. Use merge_and_unload"):
-        model.merge_adapter()
-    assert torch.equal(logits_of(model), expected)
-
-
-def test_a_calibration_that_is_still_zero_does_not_hinder_merging():
-    model = extend(MIXTRAL, calibration="released_code")
-    expected = logits_of(model)
-    torch.testing.assert_close(logits_of(model.merge_and_unload()), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_our_own_moe_llava_is_extended_and_merged(tmp_path):
-    batch = image_batch()
-    with torch.no_grad():
-        expected = tiny_moe_llava()(**batch).logits
-        model = get_peft_model(tiny_moe_llava(), config_for(MIXTRAL, copy_sources=None, calibration="paper")).eval()
-        assert len(routers_of(model)) == len(model.peft_config["default"].base_num_experts) > 0
-        with model.disable_adapter():
-            assert torch.equal(model(**batch).logits, expected)
-        shaken(model, 0.1)
-        found = model(**batch).logits
-        assert not torch.equal(found, expected)
-        assert model(**batch, output_router_logits=True).logits.equal(found)
-        model.save_pretrained(tmp_path / "adapter")
-        loaded = PeftModel.from_pretrained(tiny_moe_llava(), tmp_path / "adapter").eval()
-        assert torch.equal(loaded(**batch).logits, found)
-        model = get_peft_model(tiny_moe_llava(), config_for(MIXTRAL, copy_sources=None)).eval()
-        shaken(model, 0.1)
-        found = model(**batch).logits
-        merged = model.merge_and_unload()
-        torch.testing.assert_close(merged(**batch).logits, found, rtol=1e-5, atol=1e-5)
-        merged.save_pretrained(tmp_path / "merged")
-        again = type(merged).from_pretrained(tmp_path / "merged").eval()
-        torch.testing.assert_close(again(**batch).logits, found, rtol=1e-5, atol=1e-5)

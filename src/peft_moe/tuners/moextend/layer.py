@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ...aux_loss import AuxLoss
-from ...pretrained_moe import MoeBlock, Routing, gate_weight_name, read_routing, returns_probabilities, route
+from ...pretrained_moe import MoeBlock, Routing, gate_weight_name, read_routing, returns_probabilities
 from ...recording import RoutingRecorder
 from ...routing import RouterOutput
 from ..base import check_finite, refuse_reentrant_checkpointing_under_ddp, refuse_replica
@@ -17,6 +17,7 @@ from .calibration import Calibration, measure_scoring
 from .config import MoExtendConfig
 from .experts import LowRankExperts, copied_experts, dtype_of
 from .gate import GateRows
+from .larger_router import LargerRouter
 
 
 class MoExtendLayer(nn.Module, BaseTunerLayer):
@@ -48,6 +49,16 @@ class MoExtendLayer(nn.Module, BaseTunerLayer):
         """Called at the end of adding an adapter."""
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """As PEFT does, but buffers keep their type: a correction in float32 is not rounded to that of the weights."""
+        containers = [getattr(self, name) for name in self.adapter_layer_names]
+        added = [container[adapter_name] for container in containers if adapter_name in container]
+        owners = [owner for entry in added for owner in entry.modules()]
+        before = [(owner, name, b) for owner in owners for name, b in owner.named_buffers(recurse=False)]
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        for owner, name, buffer in before:
+            setattr(owner, name, buffer.to(getattr(owner, name).device))
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
         """Those of the first parameter: PEFT looks for a `weight`, which experts do not have."""
@@ -81,6 +92,7 @@ class MoExtendRouter(MoExtendLayer):
         self.recorder = recorder
         self.aux_loss = aux_loss
         self.is_probability = returns_probabilities(base_layer, block)
+        self.larger_router = LargerRouter(base_layer, block.num_experts)
         self.moextend_gate = nn.ModuleDict()
         self.moextend_calibration = nn.ModuleDict()
 
@@ -128,12 +140,11 @@ class MoExtendRouter(MoExtendLayer):
             return self.base_layer(hidden_states, *args, **kwargs)
         refuse_replica(self)
         gates = [self.moextend_gate[name] for name in names]
-        output = route(
+        output = self.larger_router(
             self.base_layer,
             [gate() for gate in gates],
             hidden_states,
             *(self._with_corrections(argument, gates) for argument in args),
-            num_experts=self.block.num_experts,
             offset=_offsets(gates),
             **{name: self._with_corrections(argument, gates) for name, argument in kwargs.items()},
         )
@@ -143,7 +154,9 @@ class MoExtendRouter(MoExtendLayer):
             raise RuntimeError(f"'{self.block.router}' {routing}. MoExtend does not know this router.")
         check_finite(routing.router_logits, f"'{self.block.router}' (adapter {', '.join(names)}) gave values")
         weights = self._calibrated(names, hidden_states, routing)
-        return routing.with_weights(self._balanced(names[0], routing, weights, hidden_states.shape[:-1]))
+        # the adapters share one decision, which is balanced once: by the first of them that has a loss
+        balancing = next((name for name in names if name in self.aux_loss.functions), names[0])
+        return routing.with_weights(self._balanced(balancing, routing, weights, hidden_states.shape[:-1]))
 
     def _with_corrections(self, argument: Any, gates: list[GateRows]) -> Any:
         """An argument of the router; the correction of the block gets entries for the new experts."""
@@ -167,9 +180,12 @@ class MoExtendRouter(MoExtendLayer):
     def _balanced(self, adapter_name: str, routing: Routing, weights: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         """The weights unchanged, with the load-balancing loss hung on them."""
         is_training = self.training and adapter_name in self.aux_loss.functions
+        needs_record = self.recorder.needs_record(is_training=is_training)
+        if not (self.training or needs_record):
+            return weights
         logits = routing.router_logits.reshape(-1, routing.router_logits.shape[-1])
         index = routing.top_k_index.reshape(-1, routing.top_k_index.shape[-1])
-        if self.recorder.needs_record(is_training=is_training):
+        if needs_record:
             self.recorder.record(
                 adapter_name,
                 self.block.name,
@@ -239,7 +255,11 @@ class MoExtendExperts(MoExtendLayer):
         if not names:
             return self.base_layer(hidden_states, top_k_index, top_k_weights)  # type: ignore[no-any-return]
         start = self.block.num_experts
-        if torch.compiler.is_compiling():
+        is_eager = not torch.compiler.is_compiling()
+        needs_gradient = self.training and torch.is_grad_enabled()
+        if is_eager and not needs_gradient and not bool((top_k_index >= start).any()):
+            return self.base_layer(hidden_states, top_k_index, top_k_weights)  # type: ignore[no-any-return]
+        if not is_eager:
             # shapes must not depend on the routing: all tokens go everywhere, with weight 0 where they do not belong
             is_old = top_k_index < start
             output = self.base_layer(hidden_states, top_k_index.where(is_old, 0), top_k_weights.where(is_old, 0))
@@ -249,7 +269,7 @@ class MoExtendExperts(MoExtendLayer):
             end = start + self.num_new[name]
             is_mine = (top_k_index >= start) & (top_k_index < end)
             experts = self.moextend_experts[name]
-            if torch.compiler.is_compiling():
+            if not is_eager:
                 new = experts(
                     hidden_states.to(dtype_of(experts)),
                     (top_k_index - start).where(is_mine, 0),

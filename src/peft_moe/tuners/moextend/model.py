@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,9 +14,16 @@ from ...pretrained_moe import MoeBlock, base_of, find_moe_blocks, probe
 from ..base import MoeTuner
 from .calibration import measure_scoring
 from .config import MoExtendConfig
-from .enlarge import check_enlargeable, enlarge
+from .enlarge import check_enlargeable, enlarge, plan_pads
 from .layer import MERGE_IN_PLACE_IS_IMPOSSIBLE, MoExtendExperts, MoExtendLayer, MoExtendRouter
 from .native_router_logits import close_native_router_logits, open_native_router_logits
+from .padding import PadRequest
+
+
+KEEP_ROUTERS_OUT = (
+    "Quantise linears outside of the mixtures only: leave out what they consist of by a pattern, such as '.*router.*', "
+    "beside 'lm_head' in llm_int8_skip_modules (BitsAndBytesConfig) or modules_to_not_convert (TorchAoConfig)."
+)
 
 
 class MoExtendModel(MoeTuner):
@@ -74,6 +83,7 @@ class MoExtendModel(MoeTuner):
             raise ValueError(
                 f"{what} cannot get new experts. Layers that can: {sorted(blocks)}."
                 + (f" Refused:{reasons}" if refused else "")
+                + (f"\n{KEEP_ROUTERS_OUT}" if refused and getattr(self.model, "is_quantized", False) else "")
             )
         if wanted is None and refused:
             raise ValueError(
@@ -84,6 +94,13 @@ class MoExtendModel(MoeTuner):
 
     def _check_block(self, config: MoExtendConfig, block: MoeBlock) -> None:
         router = base_of(self.model.get_submodule(block.router))
+        for name in (block.router, block.experts):
+            quantised = [n for n, p in base_of(self.model.get_submodule(name)).named_parameters() if is_quantised(p)]
+            if quantised:
+                raise ValueError(
+                    f"'{name}.{quantised[0]}' is quantised, and a row or an expert that trains cannot be added to it. "
+                    f"{KEEP_ROUTERS_OUT}"
+                )
         num_new = config.num_new_experts_in(block.layer)
         routing = probe(router, block, num_new)
         if isinstance(routing, str):
@@ -161,20 +178,64 @@ class MoExtendModel(MoeTuner):
         """Raise `ValueError`: new experts need larger tensors."""
         raise ValueError(MERGE_IN_PLACE_IS_IMPOSSIBLE)
 
-    def _unload_and_optionally_merge(
+    def merge_and_unload(
         self,
-        merge: bool = True,
-        *args: Any,
+        progressbar: bool = False,
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
-        **kwargs: Any,
+        *,
+        pad_experts: PadRequest = False,
     ) -> nn.Module:
+        """A plain model with larger experts and routers, which loads without this package.
+
+        Args:
+            progressbar (`bool`): as in PEFT.
+            safe_merge (`bool`): look for values that are not finite first.
+            adapter_names (`list[str]`, *optional*): what to merge; by default the active adapters.
+            pad_experts (`bool` or `Iterable[Mapping[str, Any]]`):
+                What to do where layers get different numbers of new experts, and the configuration of the model has one
+                number for all. `False` raises. `True` fills up with experts of weight 0 that are never chosen, where the
+                router has a bias or a correction for each expert, or chooses a single one; elsewhere it raises. Batches of
+                model inputs do so for every router: they are run once, and a pad is never chosen on what was measured.
+
+        Raises:
+            ValueError: with the reasons why no plain model computes the same.
+        """
+        if not isinstance(pad_experts, bool | Iterable) or isinstance(pad_experts, str | Mapping):
+            raise ValueError(
+                "pad_experts must be a bool or an iterable of batches, each a dictionary of what the model takes, but is "
+                f"{type(pad_experts).__name__}. Put a single batch into a list."
+            )
+        names = list(adapter_names or self.active_adapters)
+        num_pads = check_enlargeable(self.model, names, safe_merge=safe_merge, is_padded=pad_experts is not False)
+        with self._only_active(names):
+            pads = plan_pads(self.model, names, num_pads, pad_experts)
+        enlarge(self.model, names, pads)
+        return self._unload_and_optionally_merge(False, progressbar=progressbar)
+
+    @contextmanager
+    def _only_active(self, names: list[str]) -> Iterator[None]:
+        """Within this context these adapters act and no others."""
+        layers = [module for module in self.model.modules() if isinstance(module, MoExtendLayer)]
+        before = [(layer, layer._active_adapter, layer._disable_adapters) for layer in layers]
+        try:
+            for layer in layers:
+                layer._active_adapter, layer._disable_adapters = names, False
+            yield
+        finally:
+            for layer, active, is_disabled in before:
+                layer._active_adapter, layer._disable_adapters = active, is_disabled
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         if merge:
-            names = list(adapter_names or self.active_adapters)
-            check_enlargeable(self.model, names, safe_merge=safe_merge)
-            enlarge(self.model, names)
+            return self.merge_and_unload(*args, **kwargs)
         close_native_router_logits(self.model)
         return super()._unload_and_optionally_merge(False, *args, **kwargs)
+
+
+def is_quantised(parameter: torch.Tensor) -> bool:
+    """Whether a parameter is stored in fewer bits: as integers (bitsandbytes), or as a tensor class of torchao."""
+    return not parameter.is_floating_point() or type(parameter.data).__module__.startswith("torchao.")
 
 
 def _tensor(model: nn.Module, name: str) -> torch.Tensor:

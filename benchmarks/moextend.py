@@ -1,0 +1,226 @@
+"""What new experts cost: inference beside the base model, training beside full fine-tuning and LoRA.
+
+    OMP_NUM_THREADS=1 python benchmarks/moextend.py --name cpu_moextend
+
+A Mixtral with random weights (D 512, F 1024, E 8, K 2, six layers). Inference: each layer has a new expert that no token
+chooses (`copy_guarded`), so that the work is that of the base model; 1024 tokens at once, and greedy decoding with a
+cache. `base again` is a second copy of the base model: how far its ratio is from 1 is the noise. Training: forward,
+backward and a step of AdamW, of all parameters (`full`), of LoRA of rank 16 on attention, and of one new expert that is a
+copy, in every layer (`all layers`) and in every other one (`half`; paper).
+
+One process, contenders interleaved, CPU time of one thread, median. Memory: MiB that training needs beyond the loaded
+model, gradients and optimizer among them, one process per contender. Writes `benchmarks/results/<name>.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from ffn_experts import interleaved
+from lora_experts import hardware, iqr, versions
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from peft_moe import MoExtendConfig
+
+
+RESULTS = Path(__file__).parent / "results"
+INFERENCE = ("base", "base again", "moextend")
+TRAINING = ("full", "lora", "moextend, half", "moextend, all layers")
+VOCABULARY = 8192
+NUM_NEW_TOKENS = 16
+TARGET = 1.05
+
+
+def base(options: argparse.Namespace) -> nn.Module:
+    """Always with the same weights."""
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        hidden_size=512,
+        intermediate_size=1024,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        num_hidden_layers=options.layers,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        vocab_size=VOCABULARY,
+    )
+    return MixtralForCausalLM(config)
+
+
+def build(contender: str, options: argparse.Namespace) -> nn.Module:
+    """The model of a contender."""
+    model = base(options)
+    if contender.startswith("base") or contender == "full":
+        return model
+    if contender == "lora":
+        attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
+        return get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=attention, task_type="CAUSAL_LM"))
+    layers = list(range(0, options.layers, 2 if contender.endswith("half") else 1))
+    init = "copy_guarded" if contender in INFERENCE else "copy"
+    config = MoExtendConfig(layers=layers, copy_sources=dict.fromkeys(layers, 0), init=init, task_type="CAUSAL_LM")
+    return get_peft_model(model, config)
+
+
+def prefill(model: nn.Module, options: argparse.Namespace) -> Callable[[], torch.Tensor]:
+    """One pass over a prompt."""
+    prompt = torch.randint(0, VOCABULARY, (1, options.num_tokens), generator=torch.Generator().manual_seed(1))
+
+    @torch.no_grad()
+    def run() -> torch.Tensor:
+        return model(input_ids=prompt, use_cache=False, logits_to_keep=1).logits
+
+    model.eval()
+    return run
+
+
+def decode(model: nn.Module) -> Callable[[], torch.Tensor]:
+    """Sixteen tokens after a prompt of sixteen."""
+    prompt = torch.randint(0, VOCABULARY, (1, 16), generator=torch.Generator().manual_seed(1))
+    settings = {"min_new_tokens": NUM_NEW_TOKENS, "max_new_tokens": NUM_NEW_TOKENS, "do_sample": False}
+
+    def run() -> torch.Tensor:
+        return model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), pad_token_id=0, **settings)
+
+    model.eval()
+    return run
+
+
+def training_step(model: nn.Module, options: argparse.Namespace) -> Callable[[], None]:
+    """Forward, backward and a step of the optimizer."""
+    tokens = torch.randint(
+        0, VOCABULARY, (options.batch_size, options.num_tokens // 4), generator=torch.Generator().manual_seed(2)
+    )
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+    def run() -> None:
+        model(**inputs, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    model.train()
+    return run
+
+
+def inference_times(options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
+    """Milliseconds of a prefill and of a decoded token; exits where outputs differ."""
+    models = {name: build(name, options) for name in INFERENCE}
+    found = {}
+    for what, runs in (
+        ("prefill", {name: prefill(model, options) for name, model in models.items()}),
+        ("decode", {name: decode(model) for name, model in models.items()}),
+    ):
+        expected = runs["base"]()
+        for name, run in runs.items():
+            if not torch.allclose(run().float(), expected.float(), rtol=1e-4, atol=1e-5):
+                sys.exit(f"{name} differs from the base model in {what}: no time is worth printing.")
+        found[what] = interleaved(runs, options.rounds)
+    found["decode"] = {name: [ms / NUM_NEW_TOKENS for ms in times] for name, times in found["decode"].items()}
+    return found
+
+
+def training_times(options: argparse.Namespace) -> dict[str, list[float]]:
+    """Milliseconds of a training step."""
+    runs = {name: training_step(build(name, options), options) for name in TRAINING}
+    return interleaved(runs, options.rounds)
+
+
+def memories(options: argparse.Namespace) -> dict[str, float]:
+    """MiB that training needs beyond the loaded model."""
+    found = {}
+    for name in TRAINING:
+        command = [sys.executable, __file__, "--memory_of", name, "--layers", str(options.layers)]
+        command += ["--batch_size", str(options.batch_size), "--num_tokens", str(options.num_tokens)]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        found[name] = float(output.split()[-1])
+    return found
+
+
+def peak_memory(contender: str, options: argparse.Namespace) -> float:
+    """Of this process, in MiB."""
+    model = build(contender, options)
+    # the peak begins anew; `ru_maxrss` would hold that of building, and of the process that started this one
+    Path("/proc/self/clear_refs").write_text("5")
+    before_mib = status_mib("VmRSS")
+    run = training_step(model, options)
+    for _ in range(2):
+        run()
+    return status_mib("VmHWM") - before_mib
+
+
+def status_mib(field: str) -> float:
+    """What Linux says about this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 2**10
+
+
+def trainable(options: argparse.Namespace) -> dict[str, int]:
+    """How many parameters each contender trains."""
+    return {name: sum(p.numel() for p in build(name, options).parameters() if p.requires_grad) for name in TRAINING}
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """Medians, and ratios to the first contender of each line."""
+    for what, unit in (("prefill", "ms"), ("decode", "ms/token"), ("step", "ms"), ("memory", "MiB")):
+        cells = result["median"][what]
+        first = next(iter(cells.values()))
+        row = ", ".join(f"{name} {value:.1f} ({value / first:.3f}x)" for name, value in cells.items())
+        print(f"{what} [{unit}]: {row}")
+    for what in ("prefill", "decode"):
+        ratio = result["median"][what]["moextend"] / result["median"][what]["base"]
+        print(
+            f"{what} with an idle new expert: {ratio:.3f}, target <= {TARGET} {'met' if ratio <= TARGET else 'MISSED'}"
+        )
+
+
+def main() -> None:
+    """Measure, write, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--name", default="cpu_moextend", help="name of the result file")
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--num_tokens", type=int, default=1024, help="of a prompt; a training row has a quarter of it")
+    parser.add_argument("--memory_of", choices=TRAINING, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    if options.memory_of:
+        print(peak_memory(options.memory_of, options))
+        return
+    times = {**inference_times(options), "step": training_times(options)}
+    result = {
+        "benchmark": "moextend",
+        "command": "python benchmarks/moextend.py " + " ".join(sys.argv[1:]),
+        "dtype": "float32",
+        "threads": 1,
+        "clock": "time.thread_time",
+        "rounds": options.rounds,
+        "settings": {key: value for key, value in vars(options).items() if key != "memory_of"},
+        "hardware": hardware(),
+        "versions": {**versions(), "transformers": transformers.__version__},
+        "target": TARGET,
+        "trainable_parameters": trainable(options),
+        "median": {what: {n: statistics.median(ms) for n, ms in cells.items()} for what, cells in times.items()},
+        "iqr": {what: {n: iqr(ms) for n, ms in cells.items()} for what, cells in times.items()},
+    }
+    result["median"]["memory"] = memories(options)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{options.name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    print_table(result)
+
+
+if __name__ == "__main__":
+    main()

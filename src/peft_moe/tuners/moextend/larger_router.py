@@ -1,0 +1,96 @@
+"""Runs the router of a family with further rows by a shallow copy of it, which costs less than `functional_call`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...pretrained_moe import COUNT_NAMES, gate_weight_name, per_expert_tensors, route
+from ...pretrained_moe.blocks import WIDTH_NAMES
+
+
+class LargerRouter:
+    """Calls a router with longer tensors, made anew in each call, so that nothing can be out of date.
+
+    Args:
+        router (`nn.Module`): of the base model, for E experts; only its structure is read here.
+        num_experts (`int`): E.
+    """
+
+    def __init__(self, router: nn.Module, num_experts: int) -> None:
+        self.num_experts = num_experts
+        self.weight_name = gate_weight_name(router, num_experts)
+        self.axes = {name: axis for name, (_, axis) in per_expert_tensors(router, num_experts).items()}
+        width = None if self.weight_name is None else router.get_parameter(self.weight_name).shape[-1]
+        modules = list(router.named_modules())
+        self.counts = {name: _attributes(module, COUNT_NAMES, num_experts) for name, module in modules}
+        self.widths = {name: _attributes(module, WIDTH_NAMES, width) for name, module in modules}
+
+    def __call__(
+        self,
+        router: nn.Module,
+        rows: list[dict[str, torch.Tensor]],
+        hidden_states: torch.Tensor,
+        *args: Any,
+        offset: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """What `router` returns for E + N experts; arguments as in [`~peft_moe.pretrained_moe.route`], which runs where a
+        copy cannot: in a compiled model, and where somebody has replaced `forward` (offloading by accelerate)."""
+        if torch.compiler.is_compiling() or _has_other_forward(router):
+            return route(router, rows, hidden_states, *args, num_experts=self.num_experts, offset=offset, **kwargs)
+        tensors = {}
+        for name, axis in self.axes.items():
+            tensor = _tensor(router, name)
+            tensors[name] = torch.cat([tensor, *(entry[name].to(tensor.dtype) for entry in rows)], dim=axis)
+        assert self.weight_name is not None
+        weight = tensors[self.weight_name]
+        if offset is not None:
+            # a constant input whose weight is the offset: the router adds it by itself, before it chooses
+            column = torch.cat([offset.new_zeros(self.num_experts), offset]).to(weight.dtype)
+            tensors[self.weight_name] = torch.cat([weight, column.unsqueeze(-1)], dim=-1)
+            hidden_states = torch.cat([hidden_states, hidden_states.new_ones(*hidden_states.shape[:-1], 1)], dim=-1)
+        width = None if offset is None else hidden_states.shape[-1]
+        return self._copied(router, "", tensors, weight.shape[0], width)(hidden_states, *args, **kwargs)
+
+    def _copied(
+        self, module: nn.Module, name: str, tensors: dict[str, torch.Tensor], num_experts: int, width: int | None
+    ) -> nn.Module:
+        """A copy that shares everything with `module` but for these tensors and sizes."""
+        state = dict(module.__dict__)
+        state.update(dict.fromkeys(self.counts[name], num_experts))
+        if width is not None:
+            state.update(dict.fromkeys(self.widths[name], width))
+        prefix = f"{name}." if name else ""
+        for kind in ("_parameters", "_buffers"):
+            if state[kind]:
+                state[kind] = {own: tensors.get(prefix + own, tensor) for own, tensor in state[kind].items()}
+        if state["_modules"]:
+            state["_modules"] = {
+                own: None if child is None else self._copied(child, prefix + own, tensors, num_experts, width)
+                for own, child in state["_modules"].items()
+            }
+        copied = object.__new__(type(module))
+        object.__setattr__(copied, "__dict__", state)
+        return copied
+
+
+def _attributes(module: nn.Module, names: tuple[str, ...], value: int | None) -> list[str]:
+    return [name for name in names if module.__dict__.get(name) == value and value is not None]
+
+
+def _has_other_forward(module: nn.Module) -> bool:
+    if "forward" in module.__dict__:
+        return True
+    return any(child is not None and _has_other_forward(child) for child in module._modules.values())
+
+
+def _tensor(module: nn.Module, name: str) -> torch.Tensor:
+    *path, own = name.split(".")
+    for part in path:
+        module = module._modules[part]  # type: ignore[assignment]
+    found = module._parameters[own] if own in module._parameters else module._buffers[own]
+    assert found is not None
+    return found
