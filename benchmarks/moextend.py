@@ -31,6 +31,7 @@ from lora_experts import hardware, iqr, versions
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
+from whole_model import mib_of
 
 from peft_moe import MoExtendConfig
 
@@ -150,20 +151,7 @@ def memories(options: argparse.Namespace) -> dict[str, float]:
 
 def peak_memory(contender: str, options: argparse.Namespace) -> float:
     """Of this process, in MiB."""
-    model = build(contender, options)
-    # the peak begins anew; `ru_maxrss` would hold that of building, and of the process that started this one
-    Path("/proc/self/clear_refs").write_text("5")
-    before_mib = status_mib("VmRSS")
-    run = training_step(model, options)
-    for _ in range(2):
-        run()
-    return status_mib("VmHWM") - before_mib
-
-
-def status_mib(field: str) -> float:
-    """What Linux says about this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 2**10
+    return mib_of(training_step(build(contender, options), options))
 
 
 def trainable(options: argparse.Namespace) -> dict[str, int]:

@@ -12,7 +12,6 @@ times; medians of CPU time of one thread. Writes `benchmarks/results/<name>.json
 import argparse
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -63,13 +62,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--num_tokens", type=int, default=256)
+    parser.add_argument("--cells", nargs="+", choices=TARGETS, default=list(TARGETS), help="what to measure")
     parser.add_argument("--memory_of", choices=CONTENDERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.memory_of:
         print(json.dumps(peak_memory(options.memory_of, options)))
         return
-    found = {"step": step_times(options), "decode": decode_times(options), "memory": memories(options)}
+    measures = {"step": step_times, "decode": decode_times, "memory": memories}
+    found = {what: measures[what](options) for what in options.cells}
     result = {
         "command": " ".join(["python", *sys.argv]),
         "hardware": {"machine": platform.machine(), "processor": cpu_name(), "threads": 1},
@@ -180,11 +181,23 @@ def memories(options: argparse.Namespace) -> dict[str, list[float]]:
 
 def peak_memory(contender: str, options: argparse.Namespace) -> float:
     model, inputs = build(contender, options), batch(options)
-    with open("/proc/self/statm") as file:
-        before_mib = int(file.read().split()[1]) * resource.getpagesize() / 2**20
+    return mib_of(lambda: train_step(model, inputs))
+
+
+def mib_of(run: Callable[[], object]) -> float:
+    """The most that this process holds while `run` runs twice, beyond what it holds now."""
+    # the peak begins anew; ru_maxrss would hold that of building, and that of the process which started this one
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status_mib("VmRSS")
     for _ in range(2):
-        train_step(model, inputs)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10 - before_mib
+        run()
+    return status_mib("VmHWM") - before
+
+
+def status_mib(field: str) -> float:
+    """What Linux says about this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 2**10
 
 
 def cpu_name() -> str:
@@ -194,7 +207,7 @@ def cpu_name() -> str:
 
 def print_table(found: dict[str, dict[str, list[float]]]) -> None:
     units = {"step": "s", "decode": "s/token", "memory": "MiB"}
-    print(f"{'':<10}{'':<8}" + "".join(f"{name:>22}" for name in found["step"]) + f"{'target':>9}")
+    print(f"{'':<10}{'':<8}" + "".join(f"{name:>22}" for name in next(iter(found.values()))) + f"{'target':>9}")
     for what, cells in found.items():
         lora = statistics.median(cells["lora"])
         row = "".join(

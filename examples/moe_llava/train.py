@@ -8,7 +8,8 @@
 
 A vision tower learns to name shapes and colours; it becomes the eye of a dense LLaVA, which goes through stages I and II;
 the dense model becomes sparse by `from_dense`, and stage III trains its experts. After each stage the answers to held-back
-questions are scored. An interrupted run goes on after the last stage it has finished.
+questions are scored; `--dense_control` tells what the dense model would have learned in the steps of stage III. An
+interrupted run goes on after the last stage it has finished.
 """
 
 import argparse
@@ -87,6 +88,7 @@ def main() -> None:
     parser.add_argument("--freeze_dense_mlps", action="store_true", help="in stage III, layers that are no mixtures")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--eval_questions", type=int, default=256)
+    parser.add_argument("--dense_control", action="store_true", help="also train the dense model for as long again")
     parser.add_argument("--share_of_steps", type=float, default=1.0, help="shorten every stage by this factor")
     parser.add_argument("--restart", action="store_true", help="throw away what an earlier run has left")
     options = parser.parse_args()
@@ -103,6 +105,8 @@ def main() -> None:
         "III", dense_mlps=not options.freeze_dense_mlps, projector=not options.freeze_projector
     )
     run.stage("III", lambda: make_sparse(dense, options), stage_three)
+    if options.dense_control:
+        run.stage("II_again", lambda: dense, MoeTuningStage("II"))
     run.print_report()
 
 
@@ -147,7 +151,7 @@ class Run:
         return model
 
     def arguments(self, name: str, **settings: Any) -> TrainingArguments:
-        schedule = self.schedule[name]
+        schedule = self.schedule["III" if name == "II_again" else name]
         steps = max(1, round(schedule["max_steps"] * self.options.share_of_steps))
         return TrainingArguments(
             str(self.output / f"checkpoints_{name}"),
@@ -206,7 +210,7 @@ class Run:
     def print_report(self) -> None:
         print(f"\n{'VQA accuracy':<28}{'held-back questions':>20}")
         print(f"{'always ' + self.report['most_common_answer'][0]:<28}{self.report['most_common_answer'][1]:>20.1%}")
-        for name in ("I", "II", "III"):
+        for name in [stage for stage in ("I", "II", "III", "II_again") if stage in self.report]:
             print(f"{'after stage ' + name:<28}{self.report[name]['vqa_accuracy']:>20.1%}")
         print(f"\nThe sparse model is in {self.output / 'stage_III'}, all figures in {self.report_file}.")
 

@@ -19,7 +19,7 @@ import peft_moe  # noqa: F401
 
 pytestmark = pytest.mark.slow
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "moe_llava"
-SIZE = ["--small", "--share_of_steps", "0.15", "--eval_questions", "32", "--batch_size", "16"]
+SIZE = ["--small", "--share_of_steps", "0.15", "--eval_questions", "32", "--batch_size", "16", "--dense_control"]
 
 
 def run(script: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess:
@@ -44,6 +44,13 @@ def test_the_loss_falls_and_the_last_stage_trains_experts(finished):
     assert report["III"]["trainable"]["routers"] > 0
     assert mean(report["II"]["losses"]) < 0.8 * mean(report["I"]["losses"])
     assert mean(report["III"]["losses"]) < mean(report["II"]["losses"])
+
+
+def test_the_dense_control_goes_on_from_stage_two(finished):
+    report = json.loads((finished / "report.json").read_text())
+    assert report["II_again"]["trainable"] == report["II"]["trainable"]
+    assert mean(report["II_again"]["losses"]) < mean(report["II"]["losses"])
+    assert type(AutoModelForImageTextToText.from_pretrained(finished / "stage_II_again")).__name__.startswith("Llava")
 
 
 def test_experts_differ_after_stage_three(finished):
