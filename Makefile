@@ -53,13 +53,13 @@ demo: assets  ## fine-tune a pretrained language model with MoLE, reload it, plo
 	@$(OFFLINE) $(BIN)/python examples/mole/demo.py
 
 test: test-assets  ## every test that needs no GPU
-	@$(PYTEST) -m "not gpu" -n $(WORKERS) $(PYTEST_ARGS)
+	@$(PYTEST) -m "not gpu" -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
 test-fast: $(INSTALLED)  ## the tests that take no more than a few seconds each
-	@$(PYTEST) -m "not gpu and not slow" -n $(WORKERS) $(PYTEST_ARGS)
+	@$(PYTEST) -m "not gpu and not slow" -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
 test-slow: test-assets  ## only the slow tests
-	@$(PYTEST) -m "slow and not gpu" -n $(WORKERS) $(PYTEST_ARGS)
+	@$(PYTEST) -m "slow and not gpu" -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
 test-gpu: test-assets  ## the tests that need a CUDA device
 	@$(PYTEST) -m gpu $(PYTEST_ARGS)
