@@ -27,6 +27,8 @@ COUNT_NAMES = (
 )
 # attributes of routers that choose some of several groups of experts first
 GROUP_NAMES = ("num_group", "n_group")
+# types of weights that can be copied and trained; anything else is a quantised form of them
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # attributes of routers that hold the width of what they read
 WIDTH_NAMES = ("hidden_dim", "hidden_size", "in_features", "dim")
 
@@ -36,6 +38,15 @@ def base_of(module: nn.Module) -> nn.Module:
     while hasattr(module, "base_layer"):
         module = module.base_layer
     return module
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate brings the weights of a module (or of something in it) only when it runs."""
+    return any(
+        parameter.is_meta and "_hf_hook" in inner.__dict__
+        for inner in module.modules()
+        for parameter in inner.parameters(recurse=False)
+    )
 
 
 @dataclass(frozen=True)
@@ -70,6 +81,11 @@ def find_moe_blocks(model: nn.Module) -> tuple[dict[int, MoeBlock], list[str]]:
         found = read_block(name, {child: base_of(entry) for child, entry in children.items()}, dict(own))
         if isinstance(found, str):
             refused.append(found)
+        elif offloaded := [n for n in (found.router, found.experts) if is_offloaded(model.get_submodule(n))]:
+            refused.append(
+                f"'{offloaded[0]}' is offloaded to the CPU or a disk, so that its weights can be neither copied nor extended. "
+                "Load the layer onto a device (device_map)."
+            )
         elif found.layer in blocks:
             refused.append(
                 f"'{name}': layer {found.layer} has a mixture of experts in '{blocks[found.layer].name}' already, so the "
@@ -110,6 +126,17 @@ def read_block(name: str, children: dict[str, nn.Module], own: dict[str, torch.T
 def count_stacked(experts: nn.Module) -> int | str:
     """How many experts a module of stacked experts holds, or what is wrong with it."""
     parameters = dict(experts.named_parameters(recurse=False))
+    own = [*parameters.items(), *experts.named_buffers(recurse=False)]
+    quantised = [
+        f"'{name}' ({str(tensor.dtype)[6:]})"
+        for name, tensor in own
+        if "scale" in name or (name in parameters and tensor.dtype not in WEIGHT_DTYPES)
+    ]
+    if quantised:
+        return (
+            f"is quantised: it holds {', '.join(quantised)}, and a copy of an expert could not be trained. Load the base "
+            "model without quantisation, or dequantised."
+        )
     stacked = [parameter for parameter in parameters.values() if parameter.dim() == 3]
     if len(stacked) < 2:
         return "does not keep its experts as stacked 3-D parameters."
@@ -118,8 +145,6 @@ def count_stacked(experts: nn.Module) -> int | str:
         return f"has parameters whose first axis differs ({sorted(counts)}), so that it is not the number of experts."
     if any(True for child in experts.children() for _ in child.parameters()):
         return "has children with parameters, which new experts would have to share or to copy."
-    if not all(parameter.is_floating_point() for parameter in parameters.values()):
-        return "is quantised, and a copy of an expert could not be trained. Load the base model without quantisation."
     if getattr(experts, "_is_expert_parallel", False):
         return "is spread over processes by expert parallelism. Load the base model without it."
     return int(counts.pop())

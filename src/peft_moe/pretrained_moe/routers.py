@@ -85,6 +85,39 @@ def _counting(router: nn.Module, num_experts: int, num_new: int, width: int, ext
             module.__dict__[name] = value
 
 
+def in_groups(parts: list[torch.Tensor], axis: int, groups: int) -> torch.Tensor:
+    """Entries of old and new experts, old ones first within each group, so that no expert changes its group.
+
+    Args:
+        parts (`list[torch.Tensor]`): those of the old experts, then those of each adapter; along `axis` each a multiple of
+            `groups` long. The i-th of N new experts comes into group `⌊i · groups / N⌋`.
+        axis (`int`): that of the experts.
+        groups (`int`): from which the router chooses some first; with 1 the parts just follow each other.
+    """
+    if groups == 1:
+        return torch.cat(parts, dim=axis)
+    chunks = [part.chunk(groups, axis) for part in parts]
+    return torch.cat([chunk for group in zip(*chunks, strict=True) for chunk in group], dim=axis)
+
+
+def places(counts: list[int], groups: int, *, device: torch.device | str | None = None) -> torch.Tensor:
+    """`(E + N,)`, int64: where each expert stands in the order of [`in_groups`], for parts of these lengths."""
+    numbers = torch.arange(sum(counts), device=device)
+    return in_groups(list(numbers.split(counts)), 0, groups).argsort()
+
+
+def _old_first(output: Any, counts: list[int], groups: int) -> Any:
+    """What a router returned for the order of [`in_groups`], in the order old experts, first adapter, second, …"""
+    routing = read_routing(output, sum(counts))
+    if groups == 1 or isinstance(routing, str):
+        return output
+    place = places(counts, groups, device=routing.top_k_index.device)
+    logits = routing.router_logits.index_select(-1, place)
+    index = place.argsort()[routing.top_k_index]
+    replaced = {id(routing.router_logits): logits, id(routing.top_k_index): index}
+    return tuple(replaced.get(id(entry), entry) for entry in output)
+
+
 def route(
     router: nn.Module,
     rows: list[dict[str, torch.Tensor]],
@@ -96,6 +129,9 @@ def route(
 ) -> Any:
     """Call a router with further experts.
 
+    Where it chooses groups of experts first, new ones join the groups (see [`in_groups`]); what comes back numbers them
+    after the old ones all the same. Other arguments with an entry for each expert have to come in the order of the groups.
+
     Args:
         router (`nn.Module`): of the base model, for E experts; it is left as it was.
         rows (`list[dict[str, torch.Tensor]]`): of each adapter, what to add to each tensor that has an entry for each
@@ -106,19 +142,23 @@ def route(
     """
     tensors = {}
     weight_name = gate_weight_name(router, num_experts)
+    groups = num_groups(router)
     width = hidden_states.shape[-1]
     for name, (tensor, axis) in per_expert_tensors(router, num_experts).items():
-        tensors[name] = torch.cat([tensor, *(entry[name].to(tensor.dtype) for entry in rows)], dim=axis)
+        tensors[name] = in_groups([tensor, *(entry[name].to(tensor.dtype) for entry in rows)], axis, groups)
     assert weight_name is not None
-    num_new = tensors[weight_name].shape[0] - num_experts
+    counts = [entry[weight_name].shape[0] for entry in rows]
+    num_new = sum(counts)
     if offset is not None:
         # a constant input whose weight is the offset: the router adds it by itself, before it chooses
-        column = torch.cat([offset.new_zeros(num_experts), offset]).to(tensors[weight_name].dtype)
+        column = in_groups([offset.new_zeros(num_experts), *offset.split(counts)], 0, groups)
+        column = column.to(tensors[weight_name].dtype)
         tensors[weight_name] = torch.cat([tensors[weight_name], column.unsqueeze(-1)], dim=-1)
         ones = hidden_states.new_ones(*hidden_states.shape[:-1], 1)
         hidden_states = torch.cat([hidden_states, ones], dim=-1)
     with _counting(router, num_experts, num_new, width, 0 if offset is None else 1):
-        return functional_call(router, tensors, (hidden_states, *args), kwargs)
+        output = functional_call(router, tensors, (hidden_states, *args), kwargs)
+    return _old_first(output, [num_experts, *counts], groups)
 
 
 def probe(

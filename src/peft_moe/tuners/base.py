@@ -93,7 +93,8 @@ def check_finite(values: torch.Tensor, what: str) -> None:
     """
     if torch.compiler.is_compiling() or values.is_meta:
         return
-    is_finite = torch.isfinite(values.sum())
+    # half precision overflows in the sum of finite values
+    is_finite = torch.isfinite(values.sum(dtype=torch.promote_types(values.dtype, torch.float32)))
     message = (
         f"{what} that are not finite. The hidden states or the adapter contain NaN or infinity: lower the learning rate, "
         "clip gradients, or check the checkpoint."
@@ -177,9 +178,14 @@ class MoeTuner(BaseTuner):
             model.add_model_tags(list(self.tags))
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter and its auxiliary loss."""
+        """Delete an adapter and its auxiliary loss; the same adapters are active in all layers afterwards."""
+        was_active = adapter_name in self.active_adapters
         super().delete_adapter(adapter_name)
         self.aux_loss.functions.pop(adapter_name, None)
+        if was_active and self.active_adapters:
+            # each layer has chosen for itself among those that it has
+            is_frozen = all(self.peft_config[name].inference_mode for name in self.active_adapters)
+            self.set_adapter(self.active_adapters, inference_mode=is_frozen)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -33,14 +33,18 @@ class MoExtendConfig(MoeTunerConfig):
             How a new expert and its row in the router begin. The expert is always a copy of its source. `"copy"` (default,
             paper): so is the row. The copy ties with its source, so tokens that have the source at rank 1 lose another
             expert to the copy. `"copy_guarded"`: the row is copied, and a learnable offset of its logit begins at
-            `guard_offset`, so that no token chooses the new expert and outputs are those of the base model. Note that an
-            expert that is never chosen does not train: the offset has to be raised by the load-balancing loss, or by
-            hand. `"zero_gate"`: the row is 0. `"mean_gate"`: it is the mean of the old rows.
+            `guard_offset`, so that no token chooses the new expert and outputs are those of the base model. An expert
+            that is never chosen does not train, and at -17 the load-balancing loss does not change that: see
+            `guard_offset`. `"zero_gate"`: the row is 0. `"mean_gate"`: it is the mean of the old rows. Corrections, which
+            are added to the scores for the choice in some families, begin as the mean of the old ones for both, as the
+            lowest for `"copy_guarded"`.
         copy_sources (`dict[int, int]` or `dict[int, list[int]]`, *optional*):
             {layer: expert that is copied}, or a list with one expert for each new one. Paper: the expert that was chosen
             most often on the new domain. By default expert 0, with a warning.
         guard_offset (`float`):
-            Where the offset of `"copy_guarded"` begins. At -17 the new expert takes less than 1e-7 of the probability.
+            Where the offset of `"copy_guarded"` begins. At -17 the new expert takes less than 1e-7 of the probability, and
+            its gradient is lost in the epsilon of Adam: nothing learns. To train, take one that is smaller in size (-8)
+            and a `router_aux_loss_coef` above 0, whose loss then raises the offset.
         expert_type (`"ffn"` or `"lora"`):
             A new expert is a full FFN (paper), or the frozen source plus a trained difference of rank `r`.
         r (`int`):
@@ -67,6 +71,8 @@ class MoExtendConfig(MoeTunerConfig):
             Filled in by the tuner: the routers and experts that it found. What a user writes here is replaced.
         base_num_experts (`dict[int, int]`, *optional*):
             Filled in by the tuner: {layer: experts of the base model}, so that another base model is noticed.
+        base_router (`str`, *optional*):
+            Filled in by the tuner: the class of the routers, so that another family is noticed.
         checkpoint_format (`int`):
             Format of the saved adapter; leave as it is.
 
@@ -110,6 +116,7 @@ class MoExtendConfig(MoeTunerConfig):
     )
     target_modules: list[str] | str | None = field(default=None, metadata={"help": "Filled in by the tuner."})
     base_num_experts: dict[int, int] | None = field(default=None, metadata={"help": "Filled in by the tuner."})
+    base_router: str | None = field(default=None, metadata={"help": "Filled in by the tuner."})
     checkpoint_format: int = field(default=1, metadata={"help": "Format of the saved adapter; leave as it is."})
 
     method: ClassVar[str] = "MoExtend"

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ...pretrained_moe import COUNT_NAMES, MoeBlock, base_of, find_moe_blocks
+from ...pretrained_moe.routers import in_groups
 from .experts import full_weights
 from .layer import MoExtendExperts, MoExtendRouter
 from .pad_direction import measure_rows
@@ -151,7 +152,7 @@ def enlarge(model: nn.Module, adapter_names: list[str], pads: dict[int, Pads]) -
         names = [name for name in adapter_names if isinstance(experts, MoExtendExperts) and name in experts.num_new]
         for name, parameter in list(base_of(experts).named_parameters(recurse=False)):
             new = [full_weights(experts.moextend_experts[adapter])[name] for adapter in names]  # type: ignore[index]
-            stacked = torch.cat([parameter, *(entry.to(parameter) for entry in new)]) if new else parameter.detach()
+            stacked = in_groups([parameter, *(entry.to(parameter) for entry in new)], 0, merged.groups)
             _put(base_of(experts), name, pad.in_experts(stacked) if pad else stacked)
         _count_in_block(model, block, after[layer])
     _count_in_configs(model, {layer: block.num_experts for layer, block in blocks.items()}, after)

@@ -14,6 +14,10 @@ from torch.func import functional_call
 from ...pretrained_moe import COUNT_NAMES
 
 
+# what offloading, a device map and compile() leave on a module: all of it computes the module that it was made for
+BOUND_NAMES = ("forward", "_old_forward", "_hf_hook", "_compiled_call_impl")
+
+
 def empty_experts(base: nn.Module, num_new: int, *, device: torch.device | str | None = None) -> nn.Module:
     """A module like `base`, but for `num_new` experts and with parameters that are not filled.
 
@@ -25,6 +29,8 @@ def empty_experts(base: nn.Module, num_new: int, *, device: torch.device | str |
     for name in list(experts.__dict__):
         if name.endswith("_hooks") or "_hooks_" in name:
             experts.__dict__[name] = OrderedDict() if isinstance(experts.__dict__[name], OrderedDict) else None
+    for name in BOUND_NAMES:
+        experts.__dict__.pop(name, None)
     experts._modules = dict(base._modules)
     experts._buffers = dict(base._buffers)
     experts._parameters = {}

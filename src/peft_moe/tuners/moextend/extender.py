@@ -202,7 +202,8 @@ class Extender:
         if "logits_to_keep" in inspect.signature(type(self.model).forward).parameters:
             inputs["logits_to_keep"] = 1
         self.model.eval()
-        with trainer.compute_loss_context_manager():
+        # training leaves its autocast on the model's forward; before that nothing is there yet
+        with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
             return self.model(**inputs)
 
     def _count(self, trainer: Trainer, probe_set: Any, description: str) -> tuple[dict[int, list[int]], int]:

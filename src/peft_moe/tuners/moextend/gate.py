@@ -65,9 +65,10 @@ def _initial_rows(
     if tensor.is_meta or init == "copy" or (init == "copy_guarded" and not is_correction):
         return tensor.index_select(axis, torch.tensor(sources, device=tensor.device)).clone()
     size = [len(sources) if i == axis else entries for i, entries in enumerate(tensor.shape)]
-    if init == "zero_gate":
+    if init == "zero_gate" and not is_correction:
         return tensor.new_zeros(size)
-    if init == "mean_gate":
+    if init in ("zero_gate", "mean_gate"):
+        # corrections are compared with each other only: 0 means nothing among them
         return tensor.mean(dim=axis, keepdim=True).expand(size).clone()
     # a correction that favours the copy would undo the guard
     return tensor.amin(dim=axis, keepdim=True).expand(size).clone()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ...pretrained_moe import MoeBlock, base_of, find_moe_blocks, probe
+from ...pretrained_moe import BASE, MoeBlock, base_of, find_moe_blocks, probe
+from ...pretrained_moe.blocks import EXPERTS_NAME
 from ..base import MoeTuner
 from .calibration import measure_scoring
 from .config import MoExtendConfig
@@ -19,6 +22,10 @@ from .layer import MERGE_IN_PLACE_IS_IMPOSSIBLE, MoExtendExperts, MoExtendLayer,
 from .native_router_logits import close_native_router_logits, open_native_router_logits
 from .padding import PadRequest
 
+
+RESERVED_NAMES = (BASE, EXPERTS_NAME)
+LEAST_THAT_LEARNS = -10.0
+"""guard_offset at which the gradient of a balance loss of 0.001 is about the epsilon of Adam, 1e-8"""
 
 KEEP_ROUTERS_OUT = (
     "Quantise linears outside of the mixtures only: leave out what they consist of by a pattern, such as '.*router.*', "
@@ -48,6 +55,13 @@ class MoExtendModel(MoeTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Inject an adapter as PEFT does; `output_router_logits` then goes past the model's own load-balancing loss."""
+        if adapter_name in RESERVED_NAMES:
+            raise ValueError(
+                f"An adapter of MoExtend cannot be called {adapter_name!r}, which means a part of the base model: its expert "
+                "counts or its experts. Choose another adapter_name."
+            )
+        # fields are filled in below, and the caller may use the same object for another base model
+        self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         open_native_router_logits(model, self.recorder)
 
@@ -62,7 +76,11 @@ class MoExtendModel(MoeTuner):
                 f"The adapter was made for a base model with these experts per layer: {peft_config.base_num_experts}; "
                 f"{type(self.model).__name__} has {found}. Load the base model that its adapter_config.json names."
             )
+        is_new = peft_config.base_num_experts is None
         peft_config.base_num_experts = found
+        self._note_router(peft_config)
+        if is_new and not peft_config.inference_mode:
+            warn_of_a_guard_for_good(peft_config)
         self._announce_sources(peft_config)
         peft_config.target_modules = {name for block in self._blocks for name in (block.router, block.experts)}  # type: ignore[assignment]
         return peft_config
@@ -95,6 +113,13 @@ class MoExtendModel(MoeTuner):
     def _check_block(self, config: MoExtendConfig, block: MoeBlock) -> None:
         router = base_of(self.model.get_submodule(block.router))
         for name in (block.router, block.experts):
+            layer = self.model.get_submodule(name)
+            if isinstance(layer, BaseTunerLayer) and not isinstance(layer, MoExtendLayer):
+                raise ValueError(
+                    f"'{name}' carries an adapter of another method ({type(layer).__name__}), for as many experts as the base "
+                    "model has. Merge it first (merge_and_unload), or leave routers and experts out of its "
+                    "target_modules and target_parameters."
+                )
             quantised = [n for n, p in base_of(self.model.get_submodule(name)).named_parameters() if is_quantised(p)]
             if quantised:
                 raise ValueError(
@@ -125,6 +150,18 @@ class MoExtendModel(MoeTuner):
                 f"({type(router).__name__}) are proportional neither to the softmax nor to the sigmoid of its logits. Use "
                 "calibration='paper' or None."
             )
+
+    def _note_router(self, config: MoExtendConfig) -> None:
+        """Say so where an adapter of this shape was made for routers of another family."""
+        found = type(base_of(self.model.get_submodule(self._blocks[0].router))).__name__
+        if config.base_router not in (None, found):
+            warnings.warn(
+                f"The adapter was made for routers of the class {config.base_router}, but {type(self.model).__name__} has "
+                f"{found}. Shapes agree, so it loads; unless the class was only renamed, load the base model that its "
+                "adapter_config.json names.",
+                stacklevel=2,
+            )
+        config.base_router = config.base_router or found
 
     def _announce_sources(self, config: MoExtendConfig) -> None:
         layers = {block.layer for block in self._blocks}
@@ -231,6 +268,18 @@ class MoExtendModel(MoeTuner):
             return self.merge_and_unload(*args, **kwargs)
         close_native_router_logits(self.model)
         return super()._unload_and_optionally_merge(False, *args, **kwargs)
+
+
+def warn_of_a_guard_for_good(config: MoExtendConfig) -> None:
+    """Warn of a `copy_guarded` whose new experts no gradient would ever wake."""
+    if config.init != "copy_guarded" or (config.guard_offset >= LEAST_THAT_LEARNS and config.router_aux_loss_coef):
+        return
+    warnings.warn(
+        f"init='copy_guarded' with guard_offset={config.guard_offset} and router_aux_loss_coef="
+        f"{config.router_aux_loss_coef}: no token chooses the new experts, and no gradient raises their offset, so they "
+        "will not learn. To train, set guard_offset=-8 and a router_aux_loss_coef above 0, or take another init.",
+        stacklevel=2,
+    )
 
 
 def is_quantised(parameter: torch.Tensor) -> bool:

@@ -1,14 +1,17 @@
 """Lets `output_router_logits=True` past the model's own load-balancing loss, which counts the same experts everywhere.
 
 The backbone returns the logits of all layers, of different widths. The head, which would stack them, is told that nobody
-asked; its `aux_loss` is then that of the extended layers, as a number. It reaches backward by `aux_loss.py`.
+asked; its `aux_loss` is then that of the extended layers, as a number, and its loss is that of the task alone. What trains
+is the balance loss of the adapter, by `aux_loss.py`.
 """
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 
 from ...losses import load_balancing_loss
@@ -17,7 +20,7 @@ from ...recording import ForwardPass, RoutingRecorder
 from .layer import MoExtendRouter
 
 
-FLAG = "output_router_logits"
+FLAG, COEF = "output_router_logits", "router_aux_loss_coef"
 
 
 class _Request:
@@ -31,25 +34,28 @@ class _Request:
         self.recorder = recorder
         self.is_asked = False
         self.aux_loss: torch.Tensor | None = None
+        self.has_warned = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"recorder": self.recorder, "is_asked": False, "aux_loss": None}
+        return {**self.__dict__, "is_asked": False, "aux_loss": None}
 
     def __call__(self, forward_pass: ForwardPass) -> None:
         """Called by the recorder with the finished pass."""
-        by_router = next((found for name, found in forward_pass.records.items() if name != BASE), None)
-        if by_router:
-            self.aux_loss = load_balancing_loss(list(by_router.values()))
+        # a layer records its decision once, for one of the adapters that act there
+        found = [entry for name, records in forward_pass.records.items() if name != BASE for entry in records.values()]
+        if found:
+            self.aux_loss = load_balancing_loss(found)
 
     def open(self) -> None:
         """A call that asks begins."""
+        self.close()
         self.is_asked, self.aux_loss = True, None
         self.recorder.listeners.append(self)
 
     def close(self) -> None:
-        """It ends, perhaps by an exception."""
+        """It ends, perhaps by an exception; or the next one begins, where an interruption (Ctrl-C) let no hook run."""
         self.is_asked = False
-        if self in self.recorder.listeners:
+        while self in self.recorder.listeners:
             self.recorder.listeners.remove(self)
 
 
@@ -60,6 +66,7 @@ class _BeforeHead:
         self.request = request
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.request.close()
         config = getattr(module, "config", None)
         config = config.get_text_config() if hasattr(config, "get_text_config") else config
         is_asked = kwargs.get(FLAG)
@@ -70,8 +77,27 @@ class _BeforeHead:
         )
         if not is_extended:
             return None
+        if isinstance(module, PeftModel):
+            raise ValueError(
+                f"{FLAG}=True does not reach past the model's own load-balancing loss here, because MoExtend was put around "
+                "a PeftModel. Set it to False; outputs and training need it for nothing. Or merge the adapters inside "
+                "before the experts are added."
+            )
+        self._warn_once(module, config)
         self.request.open()
         return args, {**kwargs, FLAG: False}
+
+    def _warn_once(self, module: nn.Module, config: Any) -> None:
+        coef = getattr(module, COEF, None) or getattr(config, COEF, None) or 0.0
+        if not coef or not module.training or self.request.has_warned:
+            return
+        self.request.has_warned = True
+        warnings.warn(
+            f"{type(module).__name__} was asked for router logits, but its own load-balancing loss ({COEF}={coef} of its "
+            "configuration) is not part of its loss while new experts are active. What balances the extended layers is "
+            f"{COEF} of MoExtendConfig; other layers are not balanced.",
+            stacklevel=2,
+        )
 
 
 class _BeforeBackbone:

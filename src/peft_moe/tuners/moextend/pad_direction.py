@@ -32,7 +32,7 @@ class _Inputs:
 
     def __init__(self, merged: MergedRouter) -> None:
         self.merged = merged
-        self.weight = merged.weight.detach().float()
+        self.weight = merged.weight.detach()[merged.places].float()  # as the router numbers experts before merging
         self.hidden_states: list[torch.Tensor] = []
         self.smallest: list[torch.Tensor] = []
         self.is_linear = True

@@ -11,7 +11,7 @@ from torch import nn
 from torch.func import functional_call
 
 from ...pretrained_moe import MoeBlock, base_of, gate_weight_name, num_groups, per_expert_tensors, read_routing
-from ...pretrained_moe.routers import _counting
+from ...pretrained_moe.routers import _counting, in_groups, places
 from .layer import MoExtendRouter
 
 
@@ -25,7 +25,7 @@ PadRequest = bool | Iterable[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class MergedRouter:
-    """What a router consists of once new rows stand behind the old ones.
+    """What a router consists of once new rows stand behind the old ones, of each group where there are some.
 
     Args:
         block (`MoeBlock`): where it is.
@@ -33,6 +33,8 @@ class MergedRouter:
         tensors (`dict[str, tuple[torch.Tensor, int]]`): everything with an entry for each expert, and on which axis.
         correction (`torch.Tensor` of shape `(E + N,)`, *optional*): what the block hands to it.
         groups (`int`): groups of experts that it chooses from first.
+        places (`torch.Tensor` of shape `(E + N,)`, int64): where each expert stands, which the adapter numbers after the
+            old ones.
     """
 
     block: MoeBlock
@@ -40,6 +42,7 @@ class MergedRouter:
     tensors: dict[str, tuple[torch.Tensor, int]]
     correction: torch.Tensor | None
     groups: int
+    places: torch.Tensor
 
     @property
     def num_experts(self) -> int:
@@ -66,15 +69,17 @@ def merged_router(model: nn.Module, block: MoeBlock, adapter_names: list[str]) -
             gate()[name] + gate.offset if name == "bias" and gate.offset is not None else gate()[name]
             for gate in gates
         ]
-        tensors[name] = (torch.cat([tensor, *(entry.to(tensor) for entry in rows)], dim=axis), axis)
+        tensors[name] = (in_groups([tensor, *(entry.to(tensor) for entry in rows)], axis, num_groups(base)), axis)
     correction = None
     if block.correction is not None:
         owner, _, own = block.correction.rpartition(".")
         correction = getattr(model.get_submodule(owner), own)
-        correction = torch.cat([correction, *(gate.correction.to(correction) for gate in gates)])
+        correction = in_groups([correction, *(gate.correction.to(correction) for gate in gates)], 0, num_groups(base))
     weight_name = gate_weight_name(base, block.num_experts)
     assert weight_name is not None
-    return MergedRouter(block, weight_name, tensors, correction, num_groups(base))
+    counts = [block.num_experts, *(gate()[weight_name].shape[0] for gate in gates)]
+    place = places(counts, num_groups(base))
+    return MergedRouter(block, weight_name, tensors, correction, num_groups(base), place)
 
 
 @dataclass(frozen=True)

@@ -69,5 +69,6 @@ def training_arguments(
     args.max_steps, args.learning_rate = steps, learning_rate
     args.per_device_train_batch_size = args.per_device_eval_batch_size = batch_size
     args.save_strategy = args.eval_strategy = "no"
-    args.do_eval = args.load_best_model_at_end = args.push_to_hub = args.dataloader_drop_last = False
+    args.do_eval = args.eval_on_start = False
+    args.load_best_model_at_end = args.push_to_hub = args.dataloader_drop_last = False
     return args
