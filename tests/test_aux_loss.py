@@ -290,7 +290,7 @@ def outside_loss(outputs, labels, num_items_in_batch=None):
     return loss / num_items_in_batch
 
 
-@pytest.mark.parametrize("loss_type", ["switch", "mole"])
+@pytest.mark.parametrize("loss_type", ["switch", pytest.param("mole", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("steps", "arguments", "trainer_arguments"),
     [

@@ -132,6 +132,7 @@ def test_no_spill_and_no_more_memory_than_there_is(name, dtype, tmp_path):
     assert not problems, "\n".join(problems)
 
 
+@pytest.mark.slow
 def test_a_spill_is_noticed(tmp_path):
     settings, _ = expand_settings(16, 8192, torch.float32, has_source=True)
     settings |= {"BLOCK_M": 64, "BLOCK_W": 128, "BLOCK_R": 32}

@@ -111,7 +111,7 @@ def test_padding_does_not_count_with_any_cache(cache):
     assert [sum(counts) for counts in load.by_router().values()] == [2 * num_tokens] * 3
 
 
-@pytest.mark.parametrize("how", ["wrapped", "in place"])
+@pytest.mark.parametrize("how", ["wrapped", pytest.param("in place", marks=pytest.mark.slow)])
 def test_a_compiled_model_is_recorded_every_time(how):
     torch._dynamo.reset()
     model = BY_NAME["mixtral"].build()

@@ -140,6 +140,7 @@ def test_the_balance_loss_alone_shifts_layers_that_the_task_leaves_alone(tmp_pat
     assert drifted.shift[0] > 0 and drifted.shift[1] > 0
 
 
+@pytest.mark.slow
 def test_the_balance_loss_is_on_by_default_with_the_weight_of_the_configuration(tmp_path):
     model = MIXTRAL.build(router_aux_loss_coef=0.25)
     assert not model.config.output_router_logits
