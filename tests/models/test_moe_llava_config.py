@@ -97,6 +97,9 @@ def test_released_code_is_one_call():
         "gumbel",
     )
     assert config.router_aux_loss_type == "moe_llava"
+    single = MoeLlavaConfig.released_code(**llava_fields(), num_experts_per_tok=1)
+    # there is no second expert to sample, and the only one weighs by its probability
+    assert (single.router_second_expert, single.norm_topk_prob) == ("top", False)
 
 
 def test_router_logits_flag_reaches_the_text_model_whenever_it_is_set():
@@ -127,3 +130,22 @@ def test_sub_configurations_may_be_dictionaries():
     )
     assert isinstance(config.text_config, transformers.PhiConfig)
     assert config.moe_layer_indices == [0, 1, 2]
+
+
+def test_the_given_text_configuration_is_left_as_it_is():
+    text = text_config()
+    before = text.to_dict()
+    config = config_of(text_config=text)
+    config.num_experts, config.router_aux_loss_coef = 2, 0.5
+    assert text.to_dict() == before
+    assert not hasattr(text, "num_experts")
+
+
+def test_values_changed_on_the_text_configuration_are_saved(tmp_path):
+    config = config_of()
+    config.text_config.router_aux_loss_coef = 0.0
+    config.text_config.output_router_logits = True
+    config.save_pretrained(tmp_path)
+    loaded = MoeLlavaConfig.from_pretrained(tmp_path)
+    assert (loaded.router_aux_loss_coef, loaded.output_router_logits) == (0.0, True)
+    assert loaded.text_config.router_aux_loss_coef == 0.0

@@ -260,6 +260,12 @@ def test_released_routing_is_a_choice(tmp_path):
     assert (config.router_capacity_factor, config.router_eval_capacity_factor) == (1.5, 2.0)
 
 
+def test_released_routing_samples_no_second_expert_where_there_is_none(tmp_path):
+    source = write_original(tmp_path, sparse_model("phi", num_experts_per_tok=1), "phi")
+    config = convert(source, None, dry_run=True, released_routing=True).config
+    assert (config.router_drop, config.router_second_expert) == ("position", "top")
+
+
 def test_buffers_are_dropped_and_named(tmp_path):
     model = sparse_model("llama")
     state = original_state(model, "llama")

@@ -271,6 +271,22 @@ def test_router_computes_in_float32_whatever_the_model():
         assert torch.equal(router(tokens)[0], expected)
 
 
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+def test_router_keeps_its_dtype_only_against_narrowing(narrow):
+    router = router_of()
+    expected = router.weight.detach().clone()
+    assert torch.equal(router.to(narrow).weight, expected)
+    wide = router.double()
+    assert wide.weight.dtype == torch.float64
+    assert wide(torch.randn(3, 8, dtype=torch.float64))[0].dtype == torch.float64
+    assert torch.equal(router.float().weight, expected)
+    assert torch.equal(router.double().to(narrow).weight, expected)
+    router.load_state_dict({"weight": expected.to(narrow)}, assign=True)
+    assert router.weight.dtype == narrow
+    assert router(torch.randn(3, 8, dtype=narrow))[0].dtype == torch.float32
+    assert router.float().weight.dtype == torch.float32
+
+
 def test_no_token_has_a_say_in_the_routing_of_another():
     sparse = MoeLlavaForConditionalGeneration.from_dense(tiny_llava(), expert_noise=1.0)
     block = sparse.model.language_model.layers[0].mlp

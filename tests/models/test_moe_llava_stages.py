@@ -169,14 +169,29 @@ def test_stage_three_names_mixtures_that_are_missing():
         MoeTuningStage("III").apply(model)
 
 
-def test_weights_that_cannot_train_are_refused():
+@pytest.mark.parametrize("layers", [(0, 2), (2,)], ids=["all", "some"])
+def test_weights_that_cannot_train_are_refused(layers):
     model = sparse_llava()
-    for index in (0, 2):
+    for index in layers:
         experts = model.model.language_model.layers[index].mlp.experts
         for name, parameter in list(experts.named_parameters()):
             setattr(experts, name, torch.nn.Parameter(parameter.to(torch.int8), requires_grad=False))
-    with pytest.raises(ValueError, match="would train no experts .*without quantization"):
+    words = r"trains the experts of .*but \d of these weights are quantised.*of torch.int8.*without quantization"
+    with pytest.raises(ValueError, match=words):
         MoeTuningStage("III").apply(model)
+
+
+def test_quantised_weights_that_claim_to_be_floating_point_are_refused():
+    quantization = pytest.importorskip("torchao.quantization")
+    model = sparse_llava()
+    quantization.quantize_(model.model.language_model, quantization.Int8WeightOnlyConfig())
+    with pytest.raises(
+        ValueError, match="Stage II trains the attention, dense MLPs.*are quantised.*q_proj.weight is Int8"
+    ):
+        MoeTuningStage("II").apply(model)
+    with pytest.raises(ValueError, match="Stage III trains the dense MLPs .*are quantised"):
+        MoeTuningStage("III").apply(model)
+    assert MoeTuningStage("III", dense_mlps=False).apply(model).trainable["attention"] == 0
 
 
 def test_another_model_is_refused():
@@ -280,6 +295,40 @@ def test_lora_on_the_experts_trains_in_their_place():
     inside = [name for name in trained if ".experts." in name]
     assert inside
     assert all("lora_" in name for name in inside)
+
+
+@pytest.mark.parametrize("name", ["II", "III"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_rows_of_the_embeddings_train_in_place_of_the_embeddings(name, tied):
+    base = MoeLlavaForConditionalGeneration.from_dense(tiny_llava(tie_word_embeddings=tied))
+    config = LoraConfig(r=2, target_modules=TEXT_ATTENTION, trainable_token_indices={"embed_tokens": [3, 4]})
+    model = get_peft_model(base, config)
+    audit = MoeTuningStage(name).apply(model)
+    trained = {n: p.requires_grad for n, p in model.named_parameters() if ".embed_tokens." in n}
+    assert {n.partition("token_adapter.")[2]: flag for n, flag in trained.items()} == {
+        "base_layer.weight": False,
+        "trainable_tokens_delta.default": True,
+    }
+    assert not any("embed_tokens" in n for n in audit.not_saved)
+    MoeTuningStage("I").apply(model)
+    assert not any(p.requires_grad for n, p in model.named_parameters() if "embed_tokens" in n)
+
+
+@pytest.mark.parametrize("ensure", [False, True])
+@pytest.mark.parametrize("saved", ["embed_tokens", "lm_head"])
+def test_a_saved_copy_that_unties_the_embeddings_is_said(caplog, ensure, saved):
+    base = MoeLlavaForConditionalGeneration.from_dense(tiny_llava(tie_word_embeddings=True))
+    config = LoraConfig(r=2, target_modules=TEXT_ATTENTION, modules_to_save=[saved], ensure_weight_tying=ensure)
+    model = get_peft_model(base, config)
+    with caplog.at_level(logging.WARNING, logger="peft_moe.models.moe_llava.stages"):
+        MoeTuningStage("II").apply(model)
+        is_said = "ensure_weight_tying=True" in caplog.text
+        is_one = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+        assert is_said == (not is_one)
+        caplog.clear()
+        MoeTuningStage("III").apply(model)
+    assert is_said == (not ensure)
+    assert "ensure_weight_tying" not in caplog.text
 
 
 @pytest.mark.parametrize("name", ["I", "II", "III"])

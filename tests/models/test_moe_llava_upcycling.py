@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 
-from models.tiny_llava import BACKBONES, image_batch, llava_fields, text_config, tiny_llava
+from models.tiny_llava import BACKBONES, TEXT, image_batch, llava_fields, text_config, tiny_llava
 from peft_moe.models import MoeLlavaForConditionalGeneration, MoeLlavaModel
 
 
@@ -179,12 +180,56 @@ def test_an_mlp_that_drops_out_is_refused():
         from_dense(tiny_llava("starcoder2", residual_dropout=0.1))
 
 
-def test_an_mlp_that_only_looks_like_one_is_refused():
+@pytest.mark.parametrize("expert_noise", [0.0, 0.5], ids=["copies", "noise"])
+@pytest.mark.parametrize("layer", [0, 2])
+def test_an_mlp_that_only_looks_like_one_is_refused(layer, expert_noise):
     dense = tiny_llava()
-    mlp = dense.model.language_model.layers[0].mlp
+    mlp = dense.model.language_model.layers[layer].mlp
     mlp.forward = lambda x: mlp.down_proj(mlp.up_proj(x))
-    with pytest.raises(ValueError, match="LlamaMLP computes something else"):
+    with pytest.raises(ValueError, match=f"LlamaMLP computes something else .* layer {layer}"):
+        from_dense(dense, expert_noise=expert_noise)
+
+
+def test_every_dense_model_is_checked():
+    first, second = tiny_llava(seed=0), tiny_llava(seed=1)
+    mlp = second.model.language_model.layers[2].mlp
+    mlp.forward = lambda x: mlp.down_proj(mlp.up_proj(x))
+    with pytest.raises(ValueError, match=r"LlamaMLP computes something else .* layer 2"):
+        from_dense([first, second])
+
+
+def test_an_activation_with_weights_is_refused():
+    fields = llava_fields()
+    fields["text_config"] = transformers.ApertusConfig(**TEXT)
+    dense = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(**fields))
+    with pytest.raises(ValueError, match=r"act_fn\.alpha_p \(a weight of the activation\)"):
         from_dense(dense)
+
+
+@pytest.mark.parametrize("from_folder", [False, True], ids=["model", "folder"])
+def test_implementation_of_the_experts_is_that_of_the_sparse_model(tmp_path, from_folder):
+    dense = tiny_llava()
+    if from_folder:
+        dense.save_pretrained(tmp_path)
+    sparse = from_dense(str(tmp_path) if from_folder else dense, experts_implementation="batched_mm")
+    assert sparse.model.language_model.config._experts_implementation == "batched_mm"
+    assert largest_difference(dense, sparse) <= 1e-5
+    with pytest.raises(ValueError, match="fastest"):
+        from_dense(tiny_llava(), experts_implementation="fastest")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"target_modules": ["q_proj"]}, {"target_modules": ["q_proj"], "modules_to_save": ["linear_1"]}],
+    ids=["lora", "saved"],
+)
+def test_adapters_have_to_be_merged_first(fields):
+    adapted = get_peft_model(tiny_llava(), LoraConfig(r=2, init_lora_weights=False, **fields))
+    for model in (adapted, adapted.get_base_model()):
+        with pytest.raises(TypeError, match="without adapters.*merge_and_unload"):
+            from_dense(model)
+    merged = adapted.merge_and_unload()
+    assert largest_difference(merged, from_dense(merged)) <= 1e-5
 
 
 def test_negative_noise_is_refused():

@@ -1,5 +1,6 @@
 """`MoeLlavaConfig`: a LLaVA configuration, and what is sparse about the model."""
 
+import copy
 from typing import Any
 
 from transformers import LlavaConfig
@@ -13,6 +14,7 @@ CHOICES = {
 }
 # trainers of others (trl) look for these on the configuration of the text model, and change them there
 ON_TEXT_CONFIG = ("num_experts", "num_experts_per_tok", "router_aux_loss_coef", "output_router_logits")
+CHANGED_BY_TRAINERS = ("router_aux_loss_coef", "output_router_logits")
 FLAGS = ("norm_topk_prob", "use_residual", "output_router_logits", "lm_head_bias")
 
 
@@ -29,7 +31,7 @@ class MoeLlavaConfig(LlavaConfig):
         num_experts (`int` or `list[int]`):
             Experts per mixture (E), or one number for each mixture, first layer first. Paper: 4.
         num_experts_per_tok (`int`):
-            Experts that a token visits (K). Paper: 2.
+            Experts that a token visits (K). Paper: 2. Fixed once a model is built.
         norm_topk_prob (`bool`):
             Divide the probabilities of the chosen experts by their sum, so that copies of one MLP together equal that
             MLP (released code). With `num_experts_per_tok=1` the weight is then exactly 1 and carries the gradient of
@@ -109,10 +111,19 @@ class MoeLlavaConfig(LlavaConfig):
         self.check_moe_fields()
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "text_config" and hasattr(value, "to_dict"):
+            # whoever gave it may use it elsewhere
+            value = copy.deepcopy(value)
         super().__setattr__(name, value)
         text_config = self.__dict__.get("text_config")
         if name in ON_TEXT_CONFIG and hasattr(text_config, "to_dict"):
             setattr(text_config, name, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As [`~transformers.LlavaConfig`], with what has been changed on `text_config`, whose values count."""
+        fields = super().to_dict()
+        changed = {name: getattr(self.text_config, name, None) for name in CHANGED_BY_TRAINERS}
+        return {**fields, **{name: value for name, value in changed.items() if value is not None}}
 
     @property
     def _experts_implementation(self) -> str | None:
@@ -148,10 +159,12 @@ class MoeLlavaConfig(LlavaConfig):
 
     @classmethod
     def released_code(cls, **overrides: Any) -> "MoeLlavaConfig":
-        """The routing of the released training scripts: sampled second expert, capacity 1.5 by position, summed loss."""
+        """The routing of the released training scripts: capacity 1.5 by position, summed loss, sampled second of two."""
+        top_k = overrides.get("num_experts_per_tok", cls.num_experts_per_tok)
         settings = {
+            "norm_topk_prob": top_k != 1,
             "router_drop": "position",
-            "router_second_expert": "gumbel",
+            "router_second_expert": "gumbel" if top_k == 2 else "top",
             "router_aux_loss_type": "moe_llava",
             "router_aux_loss_coef": 0.01,
         }

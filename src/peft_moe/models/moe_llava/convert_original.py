@@ -203,7 +203,9 @@ def _config(
     num_patches = (vision_config.image_size // vision_config.patch_size) ** 2
     has_class_token = vision_config.model_type == "clip_vision_model"
     moe = original["moe"]
-    routing = {"router_drop": "position", "router_second_expert": "gumbel"} if released_routing else {}
+    top_k = moe.get("top_k_experts", 2)
+    second_expert = "gumbel" if top_k == 2 else "top"
+    routing = {"router_drop": "position", "router_second_expert": second_expert} if released_routing else {}
     counts, layers = list(moe["num_experts"]), list(moe["moe_layers_idx"])
     return MoeLlavaConfig(
         vision_config=vision_config,
@@ -216,8 +218,8 @@ def _config(
         tie_word_embeddings=bool(fields.get("tie_word_embeddings", False)),
         moe_layers=layers,
         num_experts=counts[0] if len(set(counts)) == 1 else counts,
-        num_experts_per_tok=moe.get("top_k_experts", 2),
-        norm_topk_prob=moe.get("top_k_experts", 2) > 1,
+        num_experts_per_tok=top_k,
+        norm_topk_prob=top_k > 1,
         use_residual=bool(moe.get("use_residual", False)),
         router_capacity_factor=moe.get("capacity_factor", 1.0),
         router_eval_capacity_factor=moe.get("eval_capacity_factor", 1.0),

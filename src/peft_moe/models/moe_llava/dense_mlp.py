@@ -122,6 +122,12 @@ def _check_nothing_else_inside(module: nn.Module, linear_names: set[str], name: 
         for child, part in module.named_children()
         if child not in linear_names and child not in ACTIVATION_NAMES and not isinstance(part, nn.Identity)
     ]
+    others += [
+        f"{child}.{name} (a weight of the activation)"
+        for child in ACTIVATION_NAMES
+        if isinstance(getattr(module, child, None), nn.Module)
+        for name in getattr(module, child).state_dict()
+    ]
     if getattr(module, "residual_dropout", 0):
         others.append(f"residual_dropout={module.residual_dropout}")
     if others or not has_activation:

@@ -1,5 +1,7 @@
 """`MoeLlavaForConditionalGeneration`: LLaVA with mixtures of experts in its language model."""
 
+import functools
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,15 +17,19 @@ from transformers import (
 from transformers.cache_utils import Cache
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
+from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_moe_llava import MoeLlavaConfig
 from .outputs import MoeLlavaCausalLMOutputWithPast, MoeLlavaModelOutputWithPast
 from .router import MoeLlavaTopKRouter
 from .routing_losses import load_balancing_loss, router_z_loss
-from .text_backbone import TOKEN_MASK, SparseModelMixin, build_text_model
+from .text_backbone import SparseModelMixin, build_text_model, decoder_layers
+from .token_mask import TOKEN_MASK, check_token_mask_arrived, token_mask_of
 from .upcycling import model_type_of, upcycle
+
+
+logger = logging.get_logger(__name__)
 
 
 class MoeLlavaPreTrainedModel(SparseModelMixin, LlavaPreTrainedModel):
@@ -57,6 +63,7 @@ class MoeLlavaPreTrainedModel(SparseModelMixin, LlavaPreTrainedModel):
 
         Whoever has not installed this package loads the folder with `trust_remote_code=True`.
         """
+        self.base_model.check_num_experts_per_tok()
         # transformers adds the entry of this class only
         self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **_auto_map()}
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -69,6 +76,7 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel, LlavaModel):
         # not LlavaModel's own: it would build a dense language model first
         super(LlavaModel, self).__init__(config)
         config.check_moe_fields()
+        self.num_experts_per_tok = config.num_experts_per_tok
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = LlavaMultiModalProjector(config)
         self.language_model = build_text_model(config)
@@ -88,6 +96,7 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel, LlavaModel):
         image_sizes: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
         output_router_logits: bool | None = None,
+        moe_token_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | MoeLlavaModelOutputWithPast:
         """As [`~transformers.LlavaModel`], with the routers' logits on request.
@@ -95,11 +104,15 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel, LlavaModel):
         Args:
             output_router_logits (`bool`, *optional*):
                 Return the logits of every router; by default as the configuration says.
+            moe_token_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+                0 for padding, which takes no place of a limited capacity. By default a two-dimensional `attention_mask`
+                says so.
 
         Raises:
-            ValueError: image tokens and image features differ in number.
+            ValueError: image tokens and image features differ in number, or `config.num_experts_per_tok` has changed.
             RuntimeError: reentrant gradient checkpointing, under which the auxiliary losses would have no gradient.
         """
+        self.check_num_experts_per_tok()
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if pixel_values is not None and mm_encoder_outputs:
@@ -124,7 +137,14 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel, LlavaModel):
             inputs_embeds = inputs_embeds.masked_scatter(is_image, image_features)
 
         if self.config.router_drop is not None:
-            kwargs[TOKEN_MASK] = token_mask_of(attention_mask, inputs_embeds.shape[1])
+            if moe_token_mask is None:
+                moe_token_mask = token_mask_of(attention_mask, inputs_embeds.shape[1])
+            if moe_token_mask is None and attention_mask is not None:
+                logger.warning_once(
+                    "router_drop cannot tell from this attention_mask which tokens are padding, so padding takes places of "
+                    "experts. Hand moe_token_mask of shape (batch_size, sequence_length) to the model, 0 for padding."
+                )
+            kwargs[TOKEN_MASK] = moe_token_mask
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -133,6 +153,8 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel, LlavaModel):
             output_router_logits=_flag(output_router_logits, self.config),
             **kwargs,
         )
+        if kwargs.get(TOKEN_MASK) is not None:
+            check_token_mask_arrived(decoder_layers(self.language_model))
         router_logits = getattr(outputs, "router_logits", None)
         if router_logits and self.training and (_aux_loss_coef(self.config) or self.config.router_z_loss_coef):
             self._check_router_gradient(router_logits, outputs.last_hidden_state)
@@ -145,15 +167,26 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel, LlavaModel):
             router_logits=router_logits,
         )
 
+    def check_num_experts_per_tok(self) -> None:
+        """Raise a `ValueError` if the configuration says another number of experts per token than the routers."""
+        if self.config.num_experts_per_tok != self.num_experts_per_tok:
+            raise ValueError(
+                f"config.num_experts_per_tok was set to {self.config.num_experts_per_tok}, but the routers of this model "
+                f"were built for {self.num_experts_per_tok}. Set it back, and load the model with the other number: "
+                "from_pretrained(..., num_experts_per_tok=...)."
+            )
+
     def _check_router_gradient(self, router_logits: Sequence[torch.Tensor], hidden_states: torch.Tensor) -> None:
         if not hidden_states.requires_grad or all(logits.requires_grad for logits in router_logits):
             return
-        if any(isinstance(part, MoeLlavaTopKRouter) and part.weight.requires_grad for part in self.modules()):
-            raise RuntimeError(
-                "The auxiliary losses of the routers have no gradient under reentrant gradient checkpointing. Use "
-                'gradient_checkpointing_kwargs={"use_reentrant": False}, or set router_aux_loss_coef and '
-                "router_z_loss_coef to 0."
-            )
+        layers = decoder_layers(self.language_model)
+        for index, logits in zip(self.config.moe_layer_indices, router_logits, strict=True):
+            if not logits.requires_grad and _trains_router(layers[index]):
+                raise RuntimeError(
+                    f"The auxiliary losses of the router of layer {index} have no gradient under reentrant gradient "
+                    'checkpointing. Use gradient_checkpointing_kwargs={"use_reentrant": False}, or set '
+                    "router_aux_loss_coef and router_z_loss_coef to 0."
+                )
 
 
 class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, LlavaForConditionalGeneration):
@@ -204,11 +237,11 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, LlavaForConditio
                 Add normal noise to every copied weight matrix, this times its own standard deviation wide, so that
                 experts differ from the start.
             kwargs:
-                Other fields of [`MoeLlavaConfig`] that say what is sparse, e.g. `moe_layers="all"`. What is not such a
-                field is passed to the `from_pretrained` of the dense model, e.g. `dtype`.
+                Other fields of [`MoeLlavaConfig`] that say what is sparse, e.g. `moe_layers="all"`, and
+                `experts_implementation`. All else is passed to the `from_pretrained` of the dense model, e.g. `dtype`.
 
         Raises:
-            TypeError: `dense` is no LLaVA.
+            TypeError: `dense` is no LLaVA, or has adapters.
             ValueError: the fields do not fit the model, or its MLPs cannot become experts.
 
         Example:
@@ -236,6 +269,7 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, LlavaForConditio
         image_sizes: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
         output_router_logits: bool | None = None,
+        moe_token_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | MoeLlavaCausalLMOutputWithPast:
         """As [`~transformers.LlavaForConditionalGeneration`], with the losses of the routers.
@@ -250,6 +284,9 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, LlavaForConditio
                 whose logits are flattened to `(num_true, vocab_size)`.
             output_router_logits (`bool`, *optional*):
                 Return `router_logits` and `aux_loss`; by default as the configuration says.
+            moe_token_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+                0 for padding, which counts in no loss of the routers and takes no place of a limited capacity. By default
+                a two-dimensional `attention_mask` says so; `generate` hands it over where it makes another one.
 
         Raises:
             RuntimeError: reentrant gradient checkpointing, under which the auxiliary losses would have no gradient.
@@ -257,7 +294,8 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, LlavaForConditio
         config = self.config
         output_router_logits = _flag(output_router_logits, config)
         aux_loss_coef = _aux_loss_coef(config)
-        is_trained = self.training and labels is not None and bool(aux_loss_coef or config.router_z_loss_coef)
+        is_wanted = self.training and bool(aux_loss_coef or config.router_z_loss_coef)
+        is_trained = is_wanted and labels is not None
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -270,9 +308,13 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, LlavaForConditio
             image_sizes=image_sizes,
             mm_encoder_outputs=mm_encoder_outputs,
             output_router_logits=output_router_logits or is_trained,
+            moe_token_mask=moe_token_mask,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
+        if is_wanted and not is_trained and not output_router_logits and hidden_states.requires_grad:
+            if not torch.compiler.is_compiling() and _trains_router(self):
+                _warn_of_missing_labels()
         logits = self.lm_head(_at(hidden_states, logits_to_keep))
 
         loss = aux_loss = z_loss = None
@@ -280,7 +322,9 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, LlavaForConditio
             vocab_size = config.text_config.vocab_size
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
         if outputs.router_logits:
-            token_mask = token_mask_of(attention_mask, hidden_states.shape[1])
+            token_mask = moe_token_mask
+            if token_mask is None:
+                token_mask = token_mask_of(attention_mask, hidden_states.shape[1])
             aux_loss = load_balancing_loss(
                 outputs.router_logits,
                 top_k=config.num_experts_per_tok,
@@ -306,12 +350,14 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, LlavaForConditio
             router_logits=outputs.router_logits if output_router_logits else None,
         )
 
-
-def token_mask_of(attention_mask: Any, num_tokens: int) -> torch.Tensor | None:
-    """Which of the last `num_tokens` tokens are padding (0), or `None` where the mask does not say so token by token."""
-    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
-        return None
-    return attention_mask[:, -num_tokens:] if attention_mask.shape[1] >= num_tokens else None
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
+        """As LLaVA, and say which tokens are padding where the attention mask does not: with a static cache."""
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        fed = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+        if token_mask_of(inputs.get("attention_mask"), fed.shape[1]) is None:
+            token_mask = token_mask_of(kwargs.get("attention_mask"), fed.shape[1])
+            inputs[TOKEN_MASK] = None if token_mask is None else token_mask.to(fed.device).contiguous()
+        return inputs
 
 
 def _at(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
@@ -333,6 +379,21 @@ def _flag(output_router_logits: bool | None, config: MoeLlavaConfig) -> bool:
 
 def _aux_loss_coef(config: MoeLlavaConfig) -> float:
     return getattr(config.text_config, "router_aux_loss_coef", config.router_aux_loss_coef)
+
+
+def _trains_router(module: nn.Module) -> bool:
+    return any(isinstance(part, MoeLlavaTopKRouter) and part.weight.requires_grad for part in module.modules())
+
+
+@functools.cache
+def _warn_of_missing_labels() -> None:
+    warnings.warn(
+        "MoeLlava is trained without labels among its arguments (label_smoothing_factor, compute_loss_func or a loop of its "
+        "own), so that the auxiliary losses of the routers are in no loss. Pass labels; or set output_router_logits=True and "
+        "add router_aux_loss_coef * outputs.aux_loss, and router_z_loss_coef * outputs.z_loss, to the loss; or set both "
+        "coefficients to 0.",
+        stacklevel=3,
+    )
 
 
 def _share_of_step(labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:

@@ -17,7 +17,7 @@ from .configuration_moe_llava import MoeLlavaConfig
 class MoeLlavaTopKRouter(nn.Module):
     """A linear router with softmax over all experts (MoE-LLaVA, eq. 5 and 6).
 
-    Its weight and its arithmetic are float32 whatever the dtype of the model. Which expert a token visits depends in
+    Its weight and its arithmetic are float32 in a model of half precision. Which expert a token visits depends in
     evaluation on the token alone; noise exists in training only, and only where the configuration asks for it.
 
     Args:
@@ -46,11 +46,13 @@ class MoeLlavaTopKRouter(nn.Module):
         init.uniform_(self.weight, -bound, bound)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> MoeLlavaTopKRouter:
-        """Follow the model to another device, but stay float32 where it is cast to half precision."""
+        """Follow the model to another device and to a wider dtype, but stay float32 where it is cast to half precision."""
 
         def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
             moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+            if moved.dtype.itemsize >= min(tensor.dtype.itemsize, torch.float32.itemsize):
+                return moved
+            return tensor.to(moved.device, torch.float32)
 
         return super()._apply(keep_dtype, recurse)
 
@@ -77,11 +79,12 @@ class MoeLlavaTopKRouter(nn.Module):
 
     def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device_type=hidden_states.device.type, enabled=False):
-            hidden_states = hidden_states.float()
+            dtype = torch.promote_types(self.weight.dtype, torch.float32)
+            hidden_states = hidden_states.to(dtype)
             if self.training and self.jitter_noise > 0:
                 noise = torch.empty_like(hidden_states).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
                 hidden_states = hidden_states * noise
-            return F.linear(hidden_states, self.weight.float())
+            return F.linear(hidden_states, self.weight.to(dtype))
 
     def _choose(self, router_logits: torch.Tensor) -> torch.Tensor:
         """The chosen experts `(T, K)`, best first; a sampled second expert is never the first."""

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 
@@ -134,7 +135,7 @@ class MoeTuningStage:
 
         Raises:
             ValueError: the model is no LLaVA, or the stage would leave frozen what it is there to train, because the
-                model has no such part. No parameter is changed then.
+                model has no such part or because it is quantised. No parameter is changed then.
         """
         entries = list(_entries(model))
         self._check(model, entries)
@@ -160,6 +161,8 @@ class MoeTuningStage:
                 not_saved[0],
                 self.name,
             )
+        if any(self._trains(e) and e.is_saved_copy and e.group in (EMBEDDINGS, LM_HEAD) for e in entries):
+            _warn_of_untied_embeddings(model)
         return audit
 
     def modules_to_save(self, model: nn.Module) -> list[str]:
@@ -171,7 +174,10 @@ class MoeTuningStage:
         return list(owners)
 
     def _trains(self, entry: _Entry) -> bool:
-        if not entry.is_active or not entry.parameter.is_floating_point():
+        return self._wants(entry) and _can_train(entry.parameter)
+
+    def _wants(self, entry: _Entry) -> bool:
+        if not entry.is_active:
             return False
         if entry.is_adapter and self.name == "III" and entry.group not in (VISION_TOWER, PROJECTOR):
             return True
@@ -186,15 +192,23 @@ class MoeTuningStage:
             )
         if self.name == "III":
             _check_mixtures(model, entries, kind)
+        if stuck := [entry for entry in entries if self._wants(entry) and not _can_train(entry.parameter)]:
+            groups = ", ".join(dict.fromkeys(entry.group for entry in stuck))
+            first = stuck[0]
+            raise ValueError(
+                f"Stage {self.name} trains the {groups} of {kind}, but {len(stuck)} of these weights are quantised and would "
+                f"stay as they are: {first.name} is {type(first.parameter.data).__name__} of {first.parameter.dtype}, the "
+                "first of them. Load the model without quantization of these parts, give them adapters, or choose a stage "
+                "without them."
+            )
         needed = {"I": (PROJECTOR,), "II": (PROJECTOR, LANGUAGE_MODEL), "III": (ROUTERS, EXPERTS)}[self.name]
         trained = {entry.group for entry in entries if self._trains(entry)}
         if trained - {PROJECTOR}:
             trained.add(LANGUAGE_MODEL)
         if missing := [group for group in needed if group not in trained]:
             raise ValueError(
-                f"Stage {self.name} would train no {' and no '.join(missing)} of {kind}: their weights are no floating "
-                "point numbers, or belong to an adapter that is not active. Load the model without quantization, or "
-                "activate the adapter."
+                f"Stage {self.name} would train no {' and no '.join(missing)} of {kind}: their weights belong to an adapter "
+                "that is not active, or are no parameters. Activate the adapter, or load the model without quantization."
             )
 
 
@@ -243,7 +257,30 @@ def _adapters(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
     active = model.active_adapters
     names = active() if callable(active) else active
     prefixes = {PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type) for config in configs.values()} - {None}
-    return (*sorted(prefixes), "prompt_encoder"), tuple(names)
+    # rows of embeddings (trainable_token_indices) come with adapters of any kind
+    return (*sorted(prefixes | {"trainable_tokens_"}), "prompt_encoder"), tuple(names)
+
+
+def _can_train(parameter: torch.Tensor) -> bool:
+    """Whether a weight can have a gradient. Some quantised ones say that they are floating point numbers."""
+    data = parameter.data
+    if torch.distributed.is_available():
+        from torch.distributed.tensor import DTensor
+
+        data = data.to_local() if isinstance(data, DTensor) else data
+    return data.is_floating_point() and type(data) in (torch.Tensor, nn.Parameter)
+
+
+def _warn_of_untied_embeddings(model: nn.Module) -> None:
+    embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if any(part is None for part in embeddings):
+        return
+    originals = [getattr(part, "original_module", part).weight for part in embeddings]
+    if originals[0] is originals[1] and embeddings[0].weight is not embeddings[1].weight:
+        logger.warning(
+            "Embeddings and lm_head are one weight, but modules_to_save makes a copy of one of them, which alone trains: "
+            "they will differ. Give the adapter's configuration ensure_weight_tying=True."
+        )
 
 
 def _place(model: nn.Module, segments: list[str]) -> tuple[str, int | None]:

@@ -15,9 +15,7 @@ from .dense_mlp import find_dense_mlp
 from .experts import StackedExperts
 from .moe_block import MoeLlavaSparseMoeBlock
 from .router import MoeLlavaTopKRouter
-
-
-TOKEN_MASK = "moe_token_mask"
+from .token_mask import take_token_mask
 
 
 class SparseModelMixin:
@@ -135,32 +133,8 @@ def _sparsify(text_model: PreTrainedModel, config: MoeLlavaConfig) -> None:
         *(f"{name}.gate.weight" for name in blocks),
     }
     if config.router_drop is not None:
-        for index, layer in enumerate(layers):
-            _hand_token_mask_on(layer, next((part for part in layer.children() if _is_block(part)), None), index)
-
-
-def _is_block(module: nn.Module) -> bool:
-    return isinstance(module, MoeLlavaSparseMoeBlock)
-
-
-def _hand_token_mask_on(layer: nn.Module, block: MoeLlavaSparseMoeBlock | None, index: int) -> None:
-    """The mask travels with the arguments of the layer, so that a recomputed layer sees the mask of its own forward."""
-    attention = getattr(layer, "self_attn", None)
-    if attention is None:
-        raise ValueError(
-            f"router_drop needs layers with self-attention, but layers.{index} is {type(layer).__name__} without. Use "
-            "router_drop=None."
-        )
-    attention.register_forward_pre_hook(functools.partial(_take_token_mask, block), with_kwargs=True)
-
-
-def _take_token_mask(
-    block: MoeLlavaSparseMoeBlock | None, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    token_mask = kwargs.pop(TOKEN_MASK, None)
-    if block is not None:
-        block.take_token_mask(token_mask)
-    return args, kwargs
+        for layer in layers:
+            take_token_mask(layer)
 
 
 def _extend_plans(

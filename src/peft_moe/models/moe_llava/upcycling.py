@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 from transformers import LlavaForConditionalGeneration, PreTrainedConfig, PreTrainedModel
 
 from .configuration_moe_llava import MoeLlavaConfig
@@ -30,18 +31,20 @@ def upcycle(
 ) -> PreTrainedModel:
     """What [`MoeLlavaForConditionalGeneration.from_dense`] does; see there."""
     fields = {**fields, **{name: kwargs.pop(name) for name in list(kwargs) if name in MOE_FIELDS}}
+    experts_implementation = kwargs.pop("experts_implementation", None)
     if expert_noise < 0:
         raise ValueError(f"expert_noise must not be negative, but is {expert_noise}.")
     sources = list(dense) if isinstance(dense, list | tuple) else [dense]
     models = [_load(source, kwargs) for source in sources]
     config = _sparse_config(models[0], fields)
     _check_sources(models, config)
+    if experts_implementation is not None:
+        config._experts_implementation = experts_implementation
     with torch.device("meta"):
         model = model_class(config)
     owned = not isinstance(sources[0], PreTrainedModel)
     model.load_state_dict(_state(model, models, expert_noise=expert_noise, owned=owned), strict=True, assign=True)
     _copy_buffers(model, models[0])
-    _check_same_function(model, models[0], exact=expert_noise == 0)
     model.tie_weights()
     model.generation_config = copy.deepcopy(models[0].generation_config)
     return model.train(models[0].training)
@@ -54,7 +57,8 @@ def model_type_of(name_or_path: Any, kwargs: dict[str, Any]) -> str | None:
 
 
 def _load(source: Any, kwargs: dict[str, Any]) -> LlavaForConditionalGeneration:
-    if isinstance(source, PreTrainedModel):
+    if isinstance(source, nn.Module):
+        _refuse_adapters(source)
         if not isinstance(source, LlavaForConditionalGeneration) or source.config.model_type != "llava":
             raise TypeError(f"from_dense needs a LlavaForConditionalGeneration, but found {type(source).__name__}.")
         if kwargs:
@@ -78,6 +82,17 @@ def _load(source: Any, kwargs: dict[str, Any]) -> LlavaForConditionalGeneration:
             "that one with device_map."
         )
     return model
+
+
+def _refuse_adapters(model: nn.Module) -> None:
+    """The weights under an adapter are not what the model computes with."""
+    is_wrapped = not isinstance(model, PreTrainedModel) and hasattr(model, "peft_config")
+    wrappers = ("base_layer", "original_module")
+    if is_wrapped or any(name.rpartition(".")[2] in wrappers for name, _ in model.named_modules()):
+        raise TypeError(
+            f"from_dense needs a LLaVA without adapters, but {type(model).__name__} has some. Merge them with "
+            "model.merge_and_unload(), or save the merged model and name its folder."
+        )
 
 
 def _sparse_config(dense: LlavaForConditionalGeneration, fields: dict[str, Any]) -> MoeLlavaConfig:
@@ -127,7 +142,11 @@ def _state(
         dense_names = [key for key in state if key.startswith(f"{name}.")]
         dense_mlp = {key.removeprefix(f"{name}."): state.pop(key) for key in dense_names}
         block = model.get_submodule(name)
-        state.update({f"{name}.experts.{k}": v for k, v in _stack(mlps, num_experts, expert_noise).items()})
+        stacked = _stack(mlps, num_experts)
+        _check_same_function(block.experts, stacked, mlps, layer)
+        if expert_noise:
+            _add_noise(stacked, expert_noise)
+        state.update({f"{name}.experts.{key}": value for key, value in stacked.items()})
         device, dtype = mlps[0].down_weight.device, mlps[0].down_weight.dtype
         router = copy.deepcopy(block.gate).to_empty(device=device)
         router.reset_parameters()
@@ -141,15 +160,16 @@ def _state(
     return {name: tensor.clone() if tensor.data_ptr() in shared else tensor for name, tensor in state.items()}
 
 
-def _stack(mlps: Sequence[DenseMlp], num_experts: int, expert_noise: float) -> dict[str, torch.Tensor]:
+def _stack(mlps: Sequence[DenseMlp], num_experts: int) -> dict[str, torch.Tensor]:
     copies = [mlp.expert_tensors() for mlp in mlps]
-    stacked = {name: torch.stack([copies[e % len(copies)][name] for e in range(num_experts)]) for name in copies[0]}
-    if expert_noise:
-        for name, tensor in stacked.items():
-            if not name.endswith("_bias"):
-                width = tensor.float().std(dim=(1, 2), keepdim=True).to(tensor.dtype)
-                tensor += expert_noise * width * torch.randn_like(tensor)
-    return stacked
+    return {name: torch.stack([copies[e % len(copies)][name] for e in range(num_experts)]) for name in copies[0]}
+
+
+def _add_noise(stacked: dict[str, torch.Tensor], expert_noise: float) -> None:
+    for name, tensor in stacked.items():
+        if not name.endswith("_bias"):
+            width = tensor.float().std(dim=(1, 2), keepdim=True).to(tensor.dtype)
+            tensor += expert_noise * width * torch.randn_like(tensor)
 
 
 def _copy_buffers(model: PreTrainedModel, dense: LlavaForConditionalGeneration) -> None:
@@ -160,24 +180,25 @@ def _copy_buffers(model: PreTrainedModel, dense: LlavaForConditionalGeneration) 
 
 
 @torch.no_grad()
-def _check_same_function(model: PreTrainedModel, dense: LlavaForConditionalGeneration, *, exact: bool) -> None:
+def _check_same_function(
+    experts: nn.Module, stacked: dict[str, torch.Tensor], mlps: Sequence[DenseMlp], layer: int
+) -> None:
     """A structure that looks like an MLP and computes something else must not pass for one."""
-    layer = model.config.moe_layer_indices[0]
-    mlp = _mlp(dense, layer)
-    weight = mlp.down_weight
-    if not exact or weight.is_meta:
+    weight = mlps[0].down_weight
+    if weight.is_meta:
         return
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randn(4, mlp.hidden_size, generator=generator).to(weight.device, weight.dtype)
-    experts = getattr(decoder_layers(model.model.language_model)[layer], mlp.name).experts
-    first = torch.zeros(4, 1, dtype=torch.long, device=weight.device)
-    was_training = mlp.module.training
-    expected = mlp.module.eval()(tokens)
-    mlp.module.train(was_training)
-    found = experts(tokens, first, torch.ones(4, 1, device=weight.device))
+    tokens = torch.randn(4, mlps[0].hidden_size, generator=generator).to(weight.device, weight.dtype)
     tolerance = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 5e-2
-    if not torch.allclose(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())):
-        raise ValueError(
-            f"{type(mlp.module).__name__} computes something else than its linears suggest: the copy in layer {layer} "
-            f"differs by {float((found - expected).abs().max()):.3g}. Choose another text model."
-        )
+    for expert, mlp in enumerate(mlps):
+        index = torch.full((4, 1), expert, dtype=torch.long, device=weight.device)
+        found = functional_call(experts, stacked, (tokens, index, torch.ones(4, 1, device=weight.device)))
+        was_training = mlp.module.training
+        expected = mlp.module.eval()(tokens)
+        mlp.module.train(was_training)
+        if not torch.allclose(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())):
+            raise ValueError(
+                f"{type(mlp.module).__name__} computes something else than its linears suggest: the copy in layer {layer} "
+                f"differs by {float((found - expected).abs().max()):.3g}. Choose another text model, or leave this layer "
+                "out of moe_layers."
+            )
