@@ -17,7 +17,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_EVALUATE_OFFLINE=1 HF_HUB_D
 PYTEST := $(OFFLINE) OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest tests
 
 .DEFAULT_GOAL := help
-.PHONY: help install assets test-assets demo test test-fast test-slow test-gpu test-floor bench quality style build clean
+.PHONY: help install assets test-assets demo test test-all test-fast test-slow test-gpu test-floor bench quality style build clean
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -52,7 +52,10 @@ test-assets: assets
 demo: assets  ## fine-tune a pretrained language model with MoLE, reload it, plot its experts
 	@$(OFFLINE) $(BIN)/python examples/mole/demo.py
 
-test: test-assets  ## every test that needs no GPU
+test: test-assets  ## the tests that need no GPU, in less than 20 minutes on two cores
+	@$(PYTEST) -m "not gpu and not exhaustive" -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
+
+test-all: test-assets  ## every test that needs no GPU
 	@$(PYTEST) -m "not gpu" -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
 test-fast: $(INSTALLED)  ## the tests that take no more than a few seconds each

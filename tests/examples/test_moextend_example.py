@@ -92,6 +92,7 @@ assert not torch.allclose(noisy(ids).logits, dense(ids).logits, atol=1e-2)
     run("-c", script)
 
 
+@pytest.mark.exhaustive
 def test_pictures_are_extended_too(tmp_path):
     output = tmp_path / "run"
     arms = ["--arms", "moextend_extender", "lora_experts", "full"]

@@ -18,6 +18,7 @@ from peft_moe.models import MoeLlavaForConditionalGeneration
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.exhaustive,
     pytest.mark.skipif(
         tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23),
         reason="older versions of transformers spell the parallel layout differently",

@@ -16,7 +16,10 @@ from tiny_moe import BY_NAME, FAMILIES, NUM_EXPERTS, MoeFamily, moe_batch
 
 every_family = pytest.mark.parametrize(
     "family",
-    [pytest.param(f, id=f.name, marks=[pytest.mark.slow] if f.is_further else []) for f in FAMILIES],
+    [
+        pytest.param(f, id=f.name, marks=[pytest.mark.slow, pytest.mark.exhaustive] if f.is_further else [])
+        for f in FAMILIES
+    ],
 )
 
 

@@ -13,6 +13,7 @@ from upstream.report import MODELS, OUTCOME, SUITES, table
 
 pytestmark = pytest.mark.slow
 
+SEVERAL_PROCESSES = {"tensor_parallel", "expert_parallel", "fsdp"}
 IS_LISTED_VERSION = transformers.__version__.startswith(f"{expectations.LISTED_FOR}.")
 
 
@@ -21,7 +22,8 @@ def parameters() -> list:
     found = []
     for suite in SUITES:
         try:
-            found += [pytest.param(suite, name, id=f"{suite}-{name}") for name in cases.tests_of(suite)]
+            marks = [pytest.mark.exhaustive] if suite in SEVERAL_PROCESSES else []
+            found += [pytest.param(suite, name, marks=marks, id=f"{suite}-{name}") for name in cases.tests_of(suite)]
         except (RuntimeError, ImportError, AttributeError) as error:
             reason = pytest.mark.skip(reason=f"{suite}: {error}")
             found.append(pytest.param(suite, "", marks=reason, id=suite))

@@ -350,12 +350,21 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, LlavaForConditio
             router_logits=outputs.router_logits if output_router_logits else None,
         )
 
-    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        inputs_embeds: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
         """As LLaVA, and say which tokens are padding where the attention mask does not: with a static cache."""
-        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        # `generate` takes embeddings only of models that name them here
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs
+        )
         fed = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
         if token_mask_of(inputs.get("attention_mask"), fed.shape[1]) is None:
-            token_mask = token_mask_of(kwargs.get("attention_mask"), fed.shape[1])
+            token_mask = token_mask_of(attention_mask, fed.shape[1])
             inputs[TOKEN_MASK] = None if token_mask is None else token_mask.to(fed.device).contiguous()
         return inputs
 
