@@ -34,6 +34,7 @@ def test_each_domain_gives_the_rows_that_were_asked_for(sets):
     assert set(CLOSED_DOMAINS) < set(DOMAINS)
 
 
+@pytest.mark.slow
 def test_no_row_is_in_both_splits_whatever_the_sizes(tokenizer, sets):
     most, _ = load_domains(tokenizer, rows_per_domain=300, eval_rows_per_domain=10, max_length=5000)
     _, evaluation = sets
@@ -41,6 +42,7 @@ def test_no_row_is_in_both_splits_whatever_the_sizes(tokenizer, sets):
     assert held_back.isdisjoint(most["prompt"])
 
 
+@pytest.mark.slow
 def test_the_split_is_the_same_every_time_and_moves_with_the_seed(tokenizer, sets):
     again, _ = load_domains(tokenizer, rows_per_domain=20, eval_rows_per_domain=10, max_length=1000)
     other, _ = load_domains(tokenizer, rows_per_domain=20, eval_rows_per_domain=10, max_length=1000, seed=1)

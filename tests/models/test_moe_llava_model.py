@@ -115,6 +115,7 @@ def in_fresh_process(folder: Path, batch: dict, mode: str, auto: str) -> tuple[t
     return torch.load(file), json.loads(run.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_checkpoint_gives_the_same_bits_in_a_fresh_process(tmp_path):
     model = tiny_moe_llava(use_residual=True, moe_layers=[0, 2], num_experts=[2, 4])
     model.save_pretrained(tmp_path)

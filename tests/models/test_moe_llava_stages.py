@@ -357,6 +357,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 def test_a_trained_model_gives_the_same_bits_in_a_fresh_process(tmp_path):
     model = sparse_llava()
     MoeTuningStage("III").apply(model)
