@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from peft_moe import __version__
@@ -11,6 +12,7 @@ from peft_moe.kernels import backend_report
 from peft_moe.versions import installed_version
 
 
+@pytest.mark.slow
 def test_the_module_prints_the_report():
     run = subprocess.run([sys.executable, "-m", "peft_moe.env_report"], capture_output=True, text=True, check=True)
     sections = [line for line in run.stdout.splitlines() if line and not line.startswith(" ")]
