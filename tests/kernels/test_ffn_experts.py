@@ -303,6 +303,27 @@ def test_lora_on_the_experts_trains():
         assert torch.allclose(ours[name], grad, atol=1e-6), name
 
 
+def test_a_parametrized_weight_is_computed_once_in_a_call():
+    class Doubled(nn.Module):
+        num_calls = 0
+
+        def forward(self, weight):
+            self.num_calls += 1
+            return 2 * weight
+
+    x, index, weights = inputs()
+    experts, doubled = make("gated"), Doubled()
+    with torch.no_grad():
+        expected = ffn_experts_forward(experts, x, index, weights)
+        experts.down_proj.mul_(0.5)
+    nn.utils.parametrize.register_parametrization(experts, "down_proj", doubled, unsafe=True)
+    doubled.num_calls = 0
+    found = ffn_experts_forward(experts, x, index, weights)
+    assert doubled.num_calls == 1
+    torch.testing.assert_close(found, expected)
+    assert explain_ffn_experts(experts).startswith("peft_moe:") and doubled.num_calls == 1
+
+
 def test_compiled_models_run_grouped_mm():
     torch._dynamo.reset()
     model = mixtral()

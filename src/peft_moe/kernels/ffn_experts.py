@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import parametrize
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
 from .plan import DispatchPlan
@@ -100,7 +101,7 @@ def ffn_experts_forward(
 
 def _stand_in(experts: nn.Module) -> str:
     """`grouped_mm` demands that rows be multiples of 16 bytes."""
-    weights = [getattr(experts, name) for name in _weight_names(experts)]
+    weights = [_stored(experts, name) for name in _weight_names(experts)]
     is_even = all(size * weight.element_size() % 16 == 0 for weight in weights for size in weight.shape[1:])
     return "grouped_mm" if is_even else "batched_mm"
 
@@ -118,7 +119,7 @@ def _reason_to_delegate(experts: nn.Module, device: torch.device) -> str | None:
     if others:
         return f"the experts have parameters beside their two linears ({', '.join(others)})"
     for name in (up, down):
-        weight = getattr(experts, name)
+        weight = _stored(experts, name)
         if isinstance(weight, DTensor) or not weight.is_floating_point():
             return f"{name!r} is {type(weight).__name__} of {weight.dtype}"
     return None
@@ -126,6 +127,15 @@ def _reason_to_delegate(experts: nn.Module, device: torch.device) -> str | None:
 
 def _has_sentinel(experts: nn.Module) -> bool:
     return bool(getattr(experts, "_is_expert_parallel", False))
+
+
+def _stored(experts: nn.Module, name: str) -> torch.Tensor:
+    """What is behind an attribute: to read a parametrized one would compute it."""
+    parameter = experts._parameters.get(name)
+    if parameter is None and parametrize.is_parametrized(experts, name):
+        parameter = experts.get_parameter(f"parametrizations.{name}.original")
+    found: torch.Tensor = getattr(experts, name) if parameter is None else parameter
+    return found
 
 
 def _parametrized(names: Any) -> set[str]:
