@@ -106,7 +106,7 @@ def places(counts: list[int], groups: int, *, device: torch.device | str | None 
     return in_groups(list(numbers.split(counts)), 0, groups).argsort()
 
 
-def _old_first(output: Any, counts: list[int], groups: int) -> Any:
+def old_first(output: Any, counts: list[int], groups: int) -> Any:
     """What a router returned for the order of [`in_groups`], in the order old experts, first adapter, second, …"""
     routing = read_routing(output, sum(counts))
     if groups == 1 or isinstance(routing, str):
@@ -116,6 +116,43 @@ def _old_first(output: Any, counts: list[int], groups: int) -> Any:
     index = place.argsort()[routing.top_k_index]
     replaced = {id(routing.router_logits): logits, id(routing.top_k_index): index}
     return tuple(replaced.get(id(entry), entry) for entry in output)
+
+
+def lengthen(
+    tensors: dict[str, tuple[torch.Tensor, int]],
+    weight_name: str,
+    rows: list[dict[str, torch.Tensor]],
+    hidden_states: torch.Tensor,
+    *,
+    groups: int,
+    offset: torch.Tensor | None = None,
+) -> tuple[dict[str, torch.Tensor], torch.Tensor, list[int]]:
+    """What a router needs to score further experts.
+
+    Args:
+        tensors (`dict[str, tuple[torch.Tensor, int]]`): everything in it with an entry for each expert, and on which axis.
+        weight_name (`str`): name of its matrix `(E, D)`.
+        rows (`list[dict[str, torch.Tensor]]`): of each adapter, what to add to each tensor, by name.
+        hidden_states (`torch.Tensor` of shape `(..., D)`)
+        groups (`int`): from which the router chooses some first.
+        offset (`torch.Tensor` of shape `(N,)`, *optional*): added to the logits of the N new experts.
+
+    Returns:
+        The longer tensors, the hidden states to call it with, and the numbers of old experts and of those of each adapter.
+        With an offset the matrix and the hidden states are one column wider.
+    """
+    longer = {
+        name: in_groups([tensor, *(entry[name].to(tensor.dtype) for entry in rows)], axis, groups)
+        for name, (tensor, axis) in tensors.items()
+    }
+    counts = [tensors[weight_name][0].shape[0], *(entry[weight_name].shape[0] for entry in rows)]
+    if offset is not None:
+        # a constant input whose weight is the offset: the router adds it by itself, before it chooses
+        column = in_groups([offset.new_zeros(counts[0]), *offset.split(counts[1:])], 0, groups)
+        weight = longer[weight_name]
+        longer[weight_name] = torch.cat([weight, column.to(weight.dtype).unsqueeze(-1)], dim=-1)
+        hidden_states = torch.cat([hidden_states, hidden_states.new_ones(*hidden_states.shape[:-1], 1)], dim=-1)
+    return longer, hidden_states, counts
 
 
 def route(
@@ -140,25 +177,14 @@ def route(
         num_experts (`int`): E.
         offset (`torch.Tensor` of shape `(N,)`, *optional*): added to the logits of the N new experts.
     """
-    tensors = {}
-    weight_name = gate_weight_name(router, num_experts)
-    groups = num_groups(router)
-    width = hidden_states.shape[-1]
-    for name, (tensor, axis) in per_expert_tensors(router, num_experts).items():
-        tensors[name] = in_groups([tensor, *(entry[name].to(tensor.dtype) for entry in rows)], axis, groups)
+    weight_name, groups = gate_weight_name(router, num_experts), num_groups(router)
     assert weight_name is not None
-    counts = [entry[weight_name].shape[0] for entry in rows]
-    num_new = sum(counts)
-    if offset is not None:
-        # a constant input whose weight is the offset: the router adds it by itself, before it chooses
-        column = in_groups([offset.new_zeros(num_experts), *offset.split(counts)], 0, groups)
-        column = column.to(tensors[weight_name].dtype)
-        tensors[weight_name] = torch.cat([tensors[weight_name], column.unsqueeze(-1)], dim=-1)
-        ones = hidden_states.new_ones(*hidden_states.shape[:-1], 1)
-        hidden_states = torch.cat([hidden_states, ones], dim=-1)
-    with _counting(router, num_experts, num_new, width, 0 if offset is None else 1):
-        output = functional_call(router, tensors, (hidden_states, *args), kwargs)
-    return _old_first(output, [num_experts, *counts], groups)
+    tensors = per_expert_tensors(router, num_experts)
+    width = hidden_states.shape[-1]
+    longer, hidden_states, counts = lengthen(tensors, weight_name, rows, hidden_states, groups=groups, offset=offset)
+    with _counting(router, num_experts, sum(counts[1:]), width, 0 if offset is None else 1):
+        output = functional_call(router, longer, (hidden_states, *args), kwargs)
+    return old_first(output, counts, groups)
 
 
 def probe(

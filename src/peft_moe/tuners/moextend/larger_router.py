@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...pretrained_moe import COUNT_NAMES, gate_weight_name, per_expert_tensors, route
+from ...pretrained_moe import COUNT_NAMES, gate_weight_name, num_groups, per_expert_tensors, route
 from ...pretrained_moe.blocks import WIDTH_NAMES
+from ...pretrained_moe.routers import lengthen, old_first
 
 
 class LargerRouter:
@@ -21,6 +22,7 @@ class LargerRouter:
 
     def __init__(self, router: nn.Module, num_experts: int) -> None:
         self.num_experts = num_experts
+        self.groups = num_groups(router)
         self.weight_name = gate_weight_name(router, num_experts)
         self.axes = {name: axis for name, (_, axis) in per_expert_tensors(router, num_experts).items()}
         width = None if self.weight_name is None else router.get_parameter(self.weight_name).shape[-1]
@@ -41,19 +43,14 @@ class LargerRouter:
         copy cannot: in a compiled model, and where somebody has replaced `forward` (offloading by accelerate)."""
         if torch.compiler.is_compiling() or _has_other_forward(router):
             return route(router, rows, hidden_states, *args, num_experts=self.num_experts, offset=offset, **kwargs)
-        tensors = {}
-        for name, axis in self.axes.items():
-            tensor = _tensor(router, name)
-            tensors[name] = torch.cat([tensor, *(entry[name].to(tensor.dtype) for entry in rows)], dim=axis)
         assert self.weight_name is not None
-        weight = tensors[self.weight_name]
-        if offset is not None:
-            # a constant input whose weight is the offset: the router adds it by itself, before it chooses
-            column = torch.cat([offset.new_zeros(self.num_experts), offset]).to(weight.dtype)
-            tensors[self.weight_name] = torch.cat([weight, column.unsqueeze(-1)], dim=-1)
-            hidden_states = torch.cat([hidden_states, hidden_states.new_ones(*hidden_states.shape[:-1], 1)], dim=-1)
+        tensors = {name: (_tensor(router, name), axis) for name, axis in self.axes.items()}
+        longer, hidden_states, counts = lengthen(
+            tensors, self.weight_name, rows, hidden_states, groups=self.groups, offset=offset
+        )
         width = None if offset is None else hidden_states.shape[-1]
-        return self._copied(router, "", tensors, weight.shape[0], width)(hidden_states, *args, **kwargs)
+        output = self._copied(router, "", longer, sum(counts), width)(hidden_states, *args, **kwargs)
+        return old_first(output, counts, self.groups)
 
     def _copied(
         self, module: nn.Module, name: str, tensors: dict[str, torch.Tensor], num_experts: int, width: int | None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,10 +13,8 @@ from ...pretrained_moe import (
     MoeBlock,
     Routing,
     gate_weight_name,
-    num_groups,
     read_routing,
     returns_probabilities,
-    route,
 )
 from ...pretrained_moe.routers import in_groups
 from ...recording import RoutingRecorder
@@ -103,7 +100,6 @@ class MoExtendRouter(MoExtendLayer):
         self.aux_loss = aux_loss
         self.is_probability = returns_probabilities(base_layer, block)
         self.larger_router = LargerRouter(base_layer, block.num_experts)
-        self.groups = num_groups(base_layer)
         self.moextend_gate = nn.ModuleDict()
         self.moextend_calibration = nn.ModuleDict()
 
@@ -151,9 +147,7 @@ class MoExtendRouter(MoExtendLayer):
             return self.base_layer(hidden_states, *args, **kwargs)
         refuse_replica(self)
         gates = [self.moextend_gate[name] for name in names]
-        # a copy of the router knows no order but old experts first
-        call = self.larger_router if self.groups == 1 else partial(route, num_experts=self.block.num_experts)
-        output = call(
+        output = self.larger_router(
             self.base_layer,
             [gate() for gate in gates],
             hidden_states,
@@ -175,7 +169,9 @@ class MoExtendRouter(MoExtendLayer):
         """An argument of the router; the correction of the block gets entries for the new experts."""
         if self.block.correction is None or not isinstance(argument, torch.Tensor) or argument.dim() != 1:
             return argument
-        return in_groups([argument, *(gate.correction.to(argument.dtype) for gate in gates)], 0, self.groups)
+        return in_groups(
+            [argument, *(gate.correction.to(argument.dtype) for gate in gates)], 0, self.larger_router.groups
+        )
 
     def _calibrated(self, names: list[str], hidden_states: torch.Tensor, routing: Routing) -> torch.Tensor:
         calibrated = [name for name in names if name in self.moextend_calibration]
