@@ -6,6 +6,7 @@ a sibling called `gate` or `router`. What departs from that is a row of a table 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,16 +70,20 @@ class MoeBlock:
     correction: str | None = None
 
 
+def walk_blocks(model: nn.Module) -> Iterator[tuple[str, dict[str, nn.Module], dict[str, torch.Tensor]]]:
+    """Every module that has experts: its name, its children, and its own tensors, by name."""
+    for name, module in model.named_modules():
+        children = dict(module.named_children())
+        if EXPERTS_NAME in children and f".{EXPERTS_NAME}" not in name:
+            yield name, children, dict([*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)])
+
+
 def find_moe_blocks(model: nn.Module) -> tuple[dict[int, MoeBlock], list[str]]:
     """The mixtures of experts of a model by layer, and a sentence for each that cannot be extended."""
     blocks: dict[int, MoeBlock] = {}
     refused = []
-    for name, module in model.named_modules():
-        children = dict(module.named_children())
-        if EXPERTS_NAME not in children or f".{EXPERTS_NAME}" in name:
-            continue
-        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        found = read_block(name, {child: base_of(entry) for child, entry in children.items()}, dict(own))
+    for name, children, own in walk_blocks(model):
+        found = read_block(name, {child: base_of(entry) for child, entry in children.items()}, own)
         if isinstance(found, str):
             refused.append(found)
         elif offloaded := [n for n in (found.router, found.experts) if is_offloaded(model.get_submodule(n))]:

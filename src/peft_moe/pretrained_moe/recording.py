@@ -15,7 +15,7 @@ from torch import nn
 
 from ..recording import ForwardPass, RoutingRecorder, get_recorder, install_recorder, remove_recorder
 from ..routing import RouterOutput
-from .blocks import EXPERTS_NAME, ROUTER_NAMES, MoeBlock, read_block
+from .blocks import ROUTER_NAMES, MoeBlock, read_block, walk_blocks
 from .routers import read_routing, returns_probabilities
 
 
@@ -73,13 +73,8 @@ def _find_routers(root: nn.Module) -> tuple[list[tuple[nn.Module, MoeBlock]], li
     """Every router of the base model with its block, under the name that it had before PEFT wrapped it, and a sentence
     for each mixture whose router is not known. A block that PEFT has copied comes once for each copy."""
     found, refused = [], []
-    for name, module in root.named_modules():
-        children = dict(module.named_children())
-        if EXPERTS_NAME not in children or f".{EXPERTS_NAME}" in name:
-            continue
-        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        originals = {child: _original(entry) for child, entry in children.items()}
-        block = read_block(_original_name(name), originals, dict(own))
+    for name, children, own in walk_blocks(root):
+        block = read_block(_original_name(name), {child: _original(entry) for child, entry in children.items()}, own)
         if isinstance(block, str):
             refused.append(block)
         else:
