@@ -17,8 +17,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from domains import DATA, DOMAINS
-from peft_moe.tuners.mocle import clustering
-from peft_moe.tuners.mocle.clustering import InstructionClusterer, choose_num_clusters, nearest_centroid
+from peft_moe import InstructionClusterer, choose_num_clusters
+from peft_moe.tuners.mocle import kmeans, num_clusters
+from peft_moe.tuners.mocle.kmeans import nearest_centroid
 from peft_moe.tuners.mocle.sentence_encoder import SentenceEncoder, SentenceTransformersBackend, TransformersBackend
 from pretrained import minilm_path
 
@@ -269,7 +270,7 @@ class TestFit:
         assert clusterer.cluster_sizes.tolist() == [4]
 
     def test_many_texts_go_to_mini_batches(self, encoder, monkeypatch):
-        monkeypatch.setattr(clustering, "KMEANS_MAX_TEXTS", 50)
+        monkeypatch.setattr(kmeans, "KMEANS_MAX_TEXTS", 50)
         clusterer = InstructionClusterer.fit(TEXTS, 3, encoder=encoder, show_progress=False)
         assert sorted(clusterer.cluster_sizes.tolist()) == [32, 32, 32]
 
@@ -440,7 +441,7 @@ class TestChoosingTheNumber:
     def test_many_texts_are_judged_by_a_sample(self, encoder, monkeypatch):
         settings = {"encoder": encoder, "show_progress": False}
         whole = choose_num_clusters(TEXTS, (3,), **settings)
-        monkeypatch.setattr(clustering, "SILHOUETTE_MAX_TEXTS", 40)
+        monkeypatch.setattr(num_clusters, "SILHOUETTE_MAX_TEXTS", 40)
         sample, again = (choose_num_clusters(TEXTS, (3,), **settings) for _ in range(2))
         assert sample == again != whole
 

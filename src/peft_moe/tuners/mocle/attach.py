@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from ...routing import ClusterCentroids
-from .clustering import nearest_centroid
 from .clusters import ClusterLookup
 from .instructions import PromptReader
+from .kmeans import nearest_centroid
 from .layer import MoCLELayer
 from .sentence_encoder import SentenceEncoder
 

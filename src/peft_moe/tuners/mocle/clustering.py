@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,65 +9,22 @@ import torch
 from huggingface_hub import ModelCard, ModelHubMixin
 
 from .cluster_file import read_clusterer, write_clusterer
-from .cluster_report import ClusterCandidate, ClusterChoice, ClusterReport
-from .instructions import compile_instruction_pattern, instruction_text
+from .cluster_report import ClusterReport
+from .cluster_texts import (
+    PLACE_OF_INSTRUCTION,
+    Texts,
+    check_columns,
+    check_count,
+    check_texts_settings,
+    columns_of,
+    read_instructions,
+)
+from .kmeans import DistinctTexts, check_enough, nearest_centroid, run_kmeans
 from .sentence_encoder import DEFAULT_ENCODER, SentenceEncoder
 
 
 if TYPE_CHECKING:
     import datasets
-    import numpy
-
-
-KMEANS_MAX_TEXTS = 50_000
-KMEANS_NUM_STARTS = 10
-MINI_BATCH_SIZE = 4096
-SILHOUETTE_MAX_TEXTS = 5_000
-PLACE_OF_INSTRUCTION = "{}"
-CHUNK_SIZE = 4096
-TIE_TOLERANCE = 1e-9
-DEFAULT_CANDIDATES = (2, 4, 8, 16, 32, 64)
-
-Texts = Iterable[str | Sequence[Mapping[str, Any]]]
-
-
-def nearest_centroid(embeddings: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
-    """The centroid at the smallest Euclidean distance from each embedding; of equally near ones that with the lowest id.
-
-    Computes in float64 and in chunks, so that the answer for a row does not depend on the other rows.
-
-    Args:
-        embeddings (`torch.Tensor`): shape `(N, C)`.
-        centroids (`torch.Tensor`): shape `(K, C)`.
-
-    Returns:
-        `torch.Tensor`: shape `(N,)`, int64, on the device of `embeddings`.
-
-    Raises:
-        ValueError: shapes do not fit, or values are not finite.
-
-    >>> nearest_centroid(torch.tensor([[0.9, 0.1]]), torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
-    tensor([1])
-    """
-    if embeddings.dim() != 2 or centroids.dim() != 2 or embeddings.shape[1] != centroids.shape[1]:
-        raise ValueError(
-            f"Embeddings of shape {tuple(embeddings.shape)} do not fit centroids of shape {tuple(centroids.shape)}: (N, C) "
-            "and (K, C) are needed. Use the encoder that the centroids were made with."
-        )
-    for name, values in (("embeddings", embeddings), ("centroids", centroids)):
-        if not torch.isfinite(values).all():
-            raise ValueError(f"The {name} hold values that are not finite, so no centroid is the nearest.")
-    centres = centroids.detach().cpu().double()
-    lengths = centres.square().sum(dim=1)
-    nearest = torch.empty(embeddings.shape[0], dtype=torch.long)
-    for start in range(0, embeddings.shape[0], CHUNK_SIZE):
-        chunk = embeddings[start : start + CHUNK_SIZE].detach().cpu().double()
-        # the square of the embedding itself is the same for all centroids
-        distances = lengths - 2 * chunk @ centres.T
-        tolerance = TIE_TOLERANCE * (lengths.max() + chunk.square().sum(dim=1, keepdim=True))
-        is_nearest = distances <= distances.min(dim=1, keepdim=True).values + tolerance
-        nearest[start : start + CHUNK_SIZE] = is_nearest.int().argmax(dim=1)
-    return nearest.to(embeddings.device)
 
 
 class InstructionClusterer(
@@ -135,7 +89,7 @@ class InstructionClusterer(
         seed: int | None = None,
         num_texts: int | None = None,
     ) -> None:
-        _check_texts_settings(template, instruction_pattern)
+        check_texts_settings(template, instruction_pattern)
         problems = []
         if centroids.dim() != 2 or 0 in centroids.shape:
             problems.append(f"centroids has to be of shape (K, C), but is {tuple(centroids.shape)}")
@@ -206,14 +160,16 @@ class InstructionClusterer(
                 clusters, or another argument that cannot be used: all before any work. Different instructions may have
                 the same vector, and only encoding shows that too few are left.
         """
-        _check_texts_settings(template, instruction_pattern)
-        _check_count("num_clusters", num_clusters)
-        instructions = _instructions(texts, instruction_pattern)
-        _check_enough(len(set(instructions)), num_clusters, what="instructions")
+        check_texts_settings(template, instruction_pattern)
+        check_count("num_clusters", num_clusters)
+        instructions = read_instructions(texts, instruction_pattern)
+        check_enough(len(set(instructions)), num_clusters, what="instructions")
         encoder = encoder if isinstance(encoder, SentenceEncoder) else SentenceEncoder(encoder)
-        points = _Points.encode(instructions, encoder, template, batch_size=batch_size, show_progress=show_progress)
+        points = DistinctTexts.encode(
+            instructions, encoder, template, batch_size=batch_size, show_progress=show_progress
+        )
         points.check_distinct(num_clusters)
-        centroids = torch.from_numpy(_kmeans(points, num_clusters, seed).cluster_centers_)
+        centroids = torch.from_numpy(run_kmeans(points, num_clusters, seed).cluster_centers_)
         ids = nearest_centroid(points.vectors, centroids)
         return cls(
             centroids,
@@ -238,7 +194,7 @@ class InstructionClusterer(
         Raises:
             ValueError: no texts, one without an instruction, or an encoder of another width than the centroids.
         """
-        instructions = _instructions(texts, self.instruction_pattern)
+        instructions = read_instructions(texts, self.instruction_pattern)
         points = self._encode(instructions, batch_size=batch_size, show_progress=show_progress)
         return self.predict_embeddings(points.vectors)[points.index]
 
@@ -277,14 +233,14 @@ class InstructionClusterer(
                 f"add_cluster_ids takes a data set of the library datasets, but got a {type(dataset).__name__}. "
                 "predict gives the clusters of a list."
             )
-        _check_count("batch_size", batch_size)
+        check_count("batch_size", batch_size)
         if isinstance(dataset, dict):
             options: dict[str, Any] = {"output_column": output_column, "batch_size": batch_size}
             for split in dataset.values():
-                _check_columns(split, column, output_column)
+                check_columns(split, column, output_column)
             splits = {name: self.add_cluster_ids(split, column, **options) for name, split in dataset.items()}
             return type(dataset)(splits)
-        _check_columns(dataset, column, output_column)
+        check_columns(dataset, column, output_column)
         options = {"batched": True, "batch_size": batch_size, "with_indices": True, "input_columns": [column]}
         if isinstance(dataset, datasets.Dataset):
             options["desc"] = "Assigning clusters"
@@ -316,12 +272,12 @@ class InstructionClusterer(
         """
         domains = None
         if hasattr(texts, "column_names"):
-            texts, domains = _columns_of(texts, column, domain_column)
+            texts, domains = columns_of(texts, column, domain_column)
         elif column is not None or domain_column is not None:
             raise ValueError(
                 f"column and domain_column are for data sets, but the texts are a {type(texts).__name__}."
             )
-        instructions = _instructions(texts, self.instruction_pattern)
+        instructions = read_instructions(texts, self.instruction_pattern)
         points = self._encode(instructions, batch_size=batch_size, show_progress=show_progress)
         ids = self.predict_embeddings(points.vectors)
         distances = (points.vectors - self.centroids[ids]).square().sum(dim=1).tolist()
@@ -331,14 +287,14 @@ class InstructionClusterer(
         examples = tuple(tuple(text for _, text in sorted(group)[:num_examples]) for group in members)
         return ClusterReport.of(ids[points.index].tolist(), examples, domains)
 
-    def _encode(self, instructions: list[str], *, batch_size: int, show_progress: bool) -> _Points:
+    def _encode(self, instructions: list[str], *, batch_size: int, show_progress: bool) -> DistinctTexts:
         if self.encoder.embedding_dim != self.embedding_dim:
             raise ValueError(
                 f"The encoder {self.encoder.name_or_path!r} gives vectors of width {self.encoder.embedding_dim}, but the "
                 f"centroids are of width {self.embedding_dim}. Use the encoder that they were made with, "
                 f"{self.encoder_name!r}, or fit again."
             )
-        return _Points.encode(
+        return DistinctTexts.encode(
             instructions, self.encoder, self.template, batch_size=batch_size, show_progress=show_progress
         )
 
@@ -451,120 +407,6 @@ Made for [MoCLE]({self._hub_mixin_info.paper_url}). The files hold centroids and
         )
 
 
-def choose_num_clusters(
-    texts: Texts,
-    candidates: Sequence[int] = DEFAULT_CANDIDATES,
-    *,
-    encoder: str | Path | SentenceEncoder = DEFAULT_ENCODER,
-    template: str = PLACE_OF_INSTRUCTION,
-    instruction_pattern: str | None = None,
-    seed: int = 0,
-    batch_size: int = 64,
-    show_progress: bool = True,
-) -> ClusterChoice:
-    """Try several numbers of clusters on the same vectors, as [`InstructionClusterer.fit`] would make them.
-
-    The silhouette is Euclidean, over different instructions, on a seeded sample above 5,000 of them
-    (`SILHOUETTE_MAX_TEXTS`). It says how well groups are separated, not how well a model trained on them will be: take it
-    as a hint. The paper has no such step.
-
-    Args:
-        texts (`Iterable`): texts or chats.
-        candidates (`Sequence[int]`): numbers of clusters to try, each at least 2.
-        encoder, template, instruction_pattern, seed, batch_size, show_progress: as in [`InstructionClusterer.fit`].
-
-    Raises:
-        ValueError: no candidates, one below 2, or one that is not below the number of different instructions; or as in
-            [`InstructionClusterer.fit`].
-
-    Example:
-
-    ```py
-    >>> choice = choose_num_clusters(dataset["prompt"], (4, 16, 64))
-    >>> print(choice)
-    >>> clusterer = InstructionClusterer.fit(dataset["prompt"], choice.best)
-    ```
-    """
-    _check_texts_settings(template, instruction_pattern)
-    if not candidates:
-        raise ValueError("candidates is empty: name at least one number of clusters to try.")
-    for candidate in candidates:
-        _check_count("each of candidates", candidate, at_least=2)
-    instructions = _instructions(texts, instruction_pattern)
-    if max(candidates) >= (num_distinct := len(set(instructions))):
-        raise ValueError(
-            f"{max(candidates)} clusters of {num_distinct} different instructions have no silhouette: some cluster has to "
-            f"have two of them. Name candidates of at most {num_distinct - 1}, or add texts."
-        )
-    encoder = encoder if isinstance(encoder, SentenceEncoder) else SentenceEncoder(encoder)
-    points = _Points.encode(instructions, encoder, template, batch_size=batch_size, show_progress=show_progress)
-    points.check_distinct(max(candidates))
-    return ClusterChoice(tuple(_try(points, candidate, seed) for candidate in sorted(set(candidates))))
-
-
-def _try(points: _Points, num_clusters: int, seed: int) -> ClusterCandidate:
-    model = _kmeans(points, num_clusters, seed)
-    ids = nearest_centroid(points.vectors, torch.from_numpy(model.cluster_centers_))
-    sizes = torch.bincount(ids, minlength=num_clusters)
-    return ClusterCandidate(
-        num_clusters,
-        inertia=float(model.inertia_),
-        silhouette=_silhouette(points.vectors.numpy(), ids.numpy(), seed),
-        min_size=int(sizes.min()),
-        max_size=int(sizes.max()),
-    )
-
-
-def _silhouette(vectors: numpy.ndarray, ids: numpy.ndarray, seed: int) -> float:
-    import numpy as np
-    from sklearn.metrics import silhouette_score
-
-    if len(vectors) > SILHOUETTE_MAX_TEXTS:
-        chosen = np.random.default_rng(seed).choice(len(vectors), SILHOUETTE_MAX_TEXTS, replace=False)
-        vectors, ids = vectors[chosen], ids[chosen]
-    return float(silhouette_score(vectors, ids)) if 1 < len(np.unique(ids)) < len(ids) else math.nan
-
-
-def _kmeans(points: _Points, num_clusters: int, seed: int) -> Any:
-    from sklearn.cluster import KMeans, MiniBatchKMeans
-
-    settings: dict[str, Any] = {"n_init": KMEANS_NUM_STARTS, "random_state": seed}
-    if len(points.texts) <= KMEANS_MAX_TEXTS:
-        model = KMeans(num_clusters, **settings)
-    else:
-        model = MiniBatchKMeans(num_clusters, batch_size=MINI_BATCH_SIZE, **settings)
-    return model.fit(points.vectors.numpy(), sample_weight=points.weights.numpy())
-
-
-@dataclass(frozen=True)
-class _Points:
-    """Different instructions, their vectors `(D, C)`, how often each occurs `(D,)`, and which one each text is `(N,)`."""
-
-    texts: list[str]
-    vectors: torch.Tensor
-    weights: torch.Tensor
-    index: torch.Tensor
-
-    @classmethod
-    def encode(
-        cls, instructions: list[str], encoder: SentenceEncoder, template: str, *, batch_size: int, show_progress: bool
-    ) -> _Points:
-        places = {text: place for place, text in enumerate(dict.fromkeys(instructions))}
-        index = torch.tensor([places[text] for text in instructions])
-        vectors = encoder.encode(
-            [template.replace(PLACE_OF_INSTRUCTION, text) for text in places],
-            batch_size=batch_size,
-            show_progress=show_progress,
-        )
-        return cls(list(places), vectors, torch.bincount(index).float(), index)
-
-    def check_distinct(self, num_clusters: int) -> None:
-        """Different texts may have the same vector, when they differ in what the encoder does not see."""
-        import numpy as np
-
-        _check_enough(len(np.unique(self.vectors.numpy().round(5), axis=0)), num_clusters, what="embeddings")
-
-
 class _AddIds:
     """What `datasets.map` calls."""
 
@@ -572,77 +414,6 @@ class _AddIds:
         self.clusterer, self.output_column = clusterer, output_column
 
     def __call__(self, texts: list[Any], rows: list[int]) -> dict[str, list[int]]:
-        instructions = _instructions(texts, self.clusterer.instruction_pattern, rows=rows)
+        instructions = read_instructions(texts, self.clusterer.instruction_pattern, rows=rows)
         points = self.clusterer._encode(instructions, batch_size=64, show_progress=False)
         return {self.output_column: self.clusterer.predict_embeddings(points.vectors)[points.index].tolist()}
-
-
-def _instructions(texts: Any, instruction_pattern: str | None, *, rows: Sequence[int] | None = None) -> list[str]:
-    """The instruction of each text; what has none is named by its index."""
-    if isinstance(texts, (str, bytes, Mapping)) or hasattr(texts, "column_names"):
-        hint = (
-            "Give one of its columns, such as dataset['prompt']."
-            if hasattr(texts, "column_names")
-            else "Wrap it: [text]."
-        )
-        raise ValueError(f"A list of texts or chats is needed, but this is a single {type(texts).__name__}. {hint}")
-    if not isinstance(texts, Iterable):
-        raise ValueError(f"A list of texts or chats is needed, but this is a {type(texts).__name__}.")
-    instructions = []
-    for index, text in enumerate(texts):
-        try:
-            instructions.append(instruction_text(text, instruction_pattern=instruction_pattern))
-        except ValueError as error:
-            raise ValueError(f"Text {index if rows is None else rows[index]}: {error}") from error
-    if not instructions:
-        raise ValueError("There are no texts to cluster.")
-    return instructions
-
-
-def _columns_of(dataset: Any, column: str | None, domain_column: str | None) -> tuple[Any, list[str] | None]:
-    if isinstance(dataset, dict):
-        raise ValueError(f"report takes one data set, but this has the splits {list(dataset)}. Give one of them.")
-    if column is None:
-        raise ValueError(f"column is missing: name the one of {dataset.column_names} that holds the texts.")
-    for name in (column, domain_column):
-        if name is not None:
-            _check_columns(dataset, name)
-    return dataset[column], None if domain_column is None else [str(name) for name in dataset[domain_column]]
-
-
-def _check_columns(dataset: Any, column: str, output_column: str | None = None) -> None:
-    names = dataset.column_names
-    if names is None:
-        # a stream of which nothing is known yet
-        names = list(next(iter(dataset), {}))
-    if column not in names:
-        raise ValueError(f"The data set has no column {column!r}. Its columns are {names}.")
-    if output_column in names:
-        raise ValueError(
-            f"The data set already has a column {output_column!r}. Remove it with "
-            f"dataset.remove_columns({output_column!r}), or name another output_column."
-        )
-
-
-def _check_texts_settings(template: str, instruction_pattern: str | None) -> None:
-    if not isinstance(template, str) or template.count(PLACE_OF_INSTRUCTION) != 1:
-        raise ValueError(
-            f"template has to be a text with exactly one {PLACE_OF_INSTRUCTION!r}, where the instruction goes, but is "
-            f"{template!r}."
-        )
-    if instruction_pattern is not None and not isinstance(instruction_pattern, str):
-        raise ValueError(f"instruction_pattern has to be a text, but is a {type(instruction_pattern).__name__}.")
-    compile_instruction_pattern(instruction_pattern)
-
-
-def _check_count(name: str, value: Any, *, at_least: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise ValueError(f"{name} has to be a whole number of at least {at_least}, but is {value!r}.")
-
-
-def _check_enough(num_distinct: int, num_clusters: int, *, what: str) -> None:
-    if num_clusters > num_distinct:
-        raise ValueError(
-            f"{num_clusters} clusters were asked for, but there are only {num_distinct} different {what}. Ask for at most "
-            f"{num_distinct}, or add texts."
-        )
