@@ -19,7 +19,7 @@ import platform
 import random
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,201 +27,30 @@ import peft
 import tokenizers
 import torch
 import transformers
+from mole_defaults_arms import ARMS, QUICK, RANK, Arm, Sizes
+from mole_defaults_data import (
+    DOMAINS,
+    END,
+    Batches,
+    Row,
+    Texts,
+    collate,
+    encode,
+    pretraining_documents,
+    read_domains,
+    train_tokenizer,
+)
 from mole_defaults_report import print_report
+from mole_defaults_scores import score
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peft_moe
-from peft_moe import MoLEConfig
-from peft_moe.recording import ForwardPass, get_recorder
 
 
 DATA = Path(__file__).parent.parent / "examples" / "data" / "domains"
 RESULTS = Path(__file__).parent / "results"
-DOMAINS = ("commonsense_qa", "boolq", "mmlu_clinical", "truthful_qa")
-NUM_EXPERTS, RANK = 4, 4
-END, PAD = "<|end|>", "<|pad|>"
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What one measurement costs."""
-
-    vocab: int = 2048
-    hidden: int = 64
-    intermediate: int = 192
-    layers: int = 3
-    heads: int = 4
-    max_length: int = 88
-    pretrain_steps: int = 1500
-    pretrain_batch: int = 16
-    steps: int = 150
-    rows_per_domain_and_step: int = 4
-    validation_rows: int = 64
-    test_rows: int = 150
-    learning_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
-    seeds: int = 5
-
-
-QUICK = Sizes(vocab=512, hidden=32, intermediate=64, layers=2, pretrain_steps=20, steps=5, validation_rows=8, test_rows=8,
-              learning_rates=(1e-2,), seeds=3)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way to fine-tune. `settings` go to `MoLEConfig`; with one expert that is LoRA."""
-
-    name: str
-    settings: dict[str, Any] = field(default_factory=dict)
-    router_lr_factor: float = 1.0
-    is_oracle: bool = False
-    is_core: bool = False
-    active_rank: int = RANK
-
-    def config(self) -> MoLEConfig:
-        """Scaled by alpha / r = 2 in every arm, experts on the three linears of each MLP, attention untouched."""
-        chosen: dict[str, Any] = {
-            "num_experts": NUM_EXPERTS,
-            "r": RANK,
-            "router_aux_loss_coef": 0.01,
-            "router_aux_loss_type": "switch",
-            "kernel_backend": "auto" if self.settings.get("num_experts") == 1 else "dense",
-            **self.settings,
-        }
-        return MoLEConfig(
-            **chosen, lora_alpha=2 * chosen["r"], lora_dropout=0.0, lora_target_modules=None, task_type="CAUSAL_LM"
-        )
-
-
-def lora(rank: int, **more: Any) -> Arm:
-    """Plain LoRA on the linears that MoLE adapts."""
-    return Arm(f"lora r{rank}", {"num_experts": 1, "r": rank}, active_rank=rank, is_core=True, **more)
-
-
-def mole(name: str, gate: str, *, k: int = 1, factor: float = 1.0, is_core: bool = False, **settings: Any) -> Arm:
-    """Four experts of rank 4."""
-    return Arm(name, {"gate_scale": gate, "top_k": k, **settings}, factor, is_core=is_core, active_rank=k * RANK)
-
-
-ST = "straight_through"
-ARMS = (
-    lora(RANK),
-    Arm("oracle: lora r4 per domain", {"num_experts": 1}, is_oracle=True, is_core=True),
-    lora(2 * RANK),
-    lora(NUM_EXPERTS * RANK),
-    mole("top-1 none", "none", is_core=True),
-    mole("top-1 st", ST, is_core=True),
-    mole("top-1 prob", "prob", is_core=True),
-    mole("top-2 st", ST, k=2, is_core=True),
-    mole("top-2 prob", "prob", k=2, is_core=True),
-    Arm("soft", {"soft": True, "router_aux_loss_coef": 0.0}, is_core=True, active_rank=NUM_EXPERTS * RANK),
-    mole("top-1 none, balance 0", "none", router_aux_loss_coef=0.0),
-    mole("top-1 st, balance 0", ST, router_aux_loss_coef=0.0),
-    mole("top-1 st, balance 0.001", ST, router_aux_loss_coef=0.001),
-    mole("top-1 st, balance 0.1", ST, router_aux_loss_coef=0.1),
-    mole("top-2 prob, balance 0", "prob", k=2, router_aux_loss_coef=0.0),
-    mole("top-2 prob, balance 0.1", "prob", k=2, router_aux_loss_coef=0.1),
-    mole("top-1 st, init 0", ST, router_init_std=0.0),
-    mole("top-1 st, init 0.02", ST, router_init_std=0.02),
-    mole("top-1 st, router lr x10", ST, factor=10.0),
-    mole("top-2 prob, router lr x10", "prob", k=2, factor=10.0),
-    Arm("soft, router lr x10", {"soft": True, "router_aux_loss_coef": 0.0}, 10.0, active_rank=NUM_EXPERTS * RANK),
-    mole("top-1 st, mole-form balance", ST, router_aux_loss_type="mole"),
-    mole("top-1 prob, balance 0", "prob", router_aux_loss_coef=0.0),
-    mole("top-2 prob, router frozen", "prob", k=2, factor=0.0),
-)
-
-# ---------------------------------------------------------------------------------------------------------------- data
-
-Row = tuple[list[int], int]  # token ids, how many of them are the prompt
-
-
-@dataclass(frozen=True)
-class Texts:
-    """The rows of each domain, split once for all arms and seeds."""
-
-    train: dict[str, list[dict[str, str]]]
-    validation: dict[str, list[dict[str, str]]]
-    test: dict[str, list[dict[str, str]]]
-
-
-def read_domains(folder: Path, sizes: Sizes) -> Texts:
-    """Rows with the same instruction stay on one side of the split."""
-    texts = Texts({}, {}, {})
-    for domain in DOMAINS:
-        rows = [json.loads(line) for line in (folder / f"{domain}.jsonl").read_text(encoding="utf-8").splitlines()]
-        instructions = sorted({row["instruction"] for row in rows})
-        random.Random(0).shuffle(instructions)
-        unique = {row["instruction"]: row for row in rows}
-        held_back = sizes.test_rows + sizes.validation_rows
-        texts.test[domain] = [unique[text] for text in instructions[: sizes.test_rows]]
-        texts.validation[domain] = [unique[text] for text in instructions[sizes.test_rows : held_back]]
-        train = set(instructions[held_back:])
-        texts.train[domain] = [row for row in rows if row["instruction"] in train]
-    return texts
-
-
-def train_tokenizer(texts: Texts, vocab: int) -> tokenizers.Tokenizer:
-    """Byte-level BPE, learnt on the training rows."""
-    tokenizer = tokenizers.ByteLevelBPETokenizer()
-    lines = [part for rows in texts.train.values() for row in rows for part in row.values()]
-    tokenizer.train_from_iterator(lines, vocab_size=vocab, special_tokens=[PAD, END], show_progress=False)
-    return tokenizer
-
-
-def pretraining_documents(texts: Texts) -> list[list[str]]:
-    """Questions, passages and options without their headers, and answers without their questions."""
-    documents = []
-    for domain in DOMAINS:
-        for row in texts.train[domain]:
-            documents.append(row["instruction"].split("\n")[1:])
-            documents.append([row["answer"]])
-    return documents
-
-
-def encode(row: dict[str, str], tokenizer: tokenizers.Tokenizer, max_length: int) -> Row:
-    """A prompt that is too long loses the middle: its header, and its end with the question, stay."""
-    header, body = row["instruction"].split("\n", 1)
-    answer = tokenizer.encode(" " + row["answer"]).ids[: max_length // 2] + [tokenizer.token_to_id(END)]
-    first = tokenizer.encode(header + "\n").ids
-    rest = tokenizer.encode(body + "\nAnswer:").ids
-    room = max_length - len(first) - len(answer)
-    prompt = first + rest[-room:]
-    return prompt + answer, len(prompt)
-
-
-def collate(rows: list[Row]) -> dict[str, Any]:
-    """Padded on the left, so that all answers end together and logits are only computed there."""
-    longest = max(len(ids) for ids, _ in rows)
-    keep = 1 + max(len(ids) - prompt for ids, prompt in rows)
-    input_ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    mask = torch.zeros_like(input_ids)
-    labels = torch.full((len(rows), keep), -100)
-    for index, (ids, prompt) in enumerate(rows):
-        input_ids[index, -len(ids) :] = torch.tensor(ids)
-        mask[index, -len(ids) :] = 1
-        labels[index, prompt - len(ids) :] = torch.tensor(ids[prompt:])
-    return {"input_ids": input_ids, "attention_mask": mask, "labels": labels, "logits_to_keep": keep}
-
-
-class Batches:
-    """Endless batches with the same number of rows of each domain; the order depends on the seed alone."""
-
-    def __init__(self, rows: dict[str, list[Row]], rows_per_domain: int, seed: int) -> None:
-        self.rows, self.rows_per_domain = rows, rows_per_domain
-        self.random = {domain: random.Random(f"{seed} {domain}") for domain in rows}
-        self.queues: dict[str, list[Row]] = {domain: [] for domain in rows}
-
-    def next(self) -> dict[str, Any]:
-        """One batch."""
-        return collate([self._draw(domain) for domain in self.rows for _ in range(self.rows_per_domain)])
-
-    def _draw(self, domain: str) -> Row:
-        if not self.queues[domain]:
-            self.queues[domain] = list(self.rows[domain])
-            self.random[domain].shuffle(self.queues[domain])
-        return self.queues[domain].pop()
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -305,75 +134,6 @@ def fine_tune(model: peft.PeftModel, batches: Batches, *, steps: int, lr: float,
         losses.append(loss.item())
     tail = losses[-max(1, steps // 10) :]
     return sum(tail) / len(tail)
-
-
-# ---------------------------------------------------------------------------------------------------------- evaluation
-
-
-@torch.no_grad()
-def answer_nll(model: nn.Module, rows: list[Row]) -> float:
-    """Mean over answer tokens, in nats."""
-    model.eval()
-    summed, count = 0.0, 0
-    in_order = sorted(rows, key=lambda row: len(row[0]))
-    for start in range(0, len(in_order), 50):
-        batch = collate(in_order[start : start + 50])
-        labels = batch.pop("labels")[:, 1:]
-        logits = model(**batch).logits[:, :-1]
-        nll = nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="sum")
-        summed, count = summed + nll.item(), count + int(labels.ne(-100).sum())
-    return summed / count
-
-
-class ExpertCounts:
-    """How often each router sent tokens of a domain to each expert: `counts[router]` is `(domains, E)`.
-
-    A soft mixture uses every expert for every token; for it the probabilities are added up instead.
-    """
-
-    def __init__(self, *, is_soft: bool) -> None:
-        self.domain, self.is_soft = 0, is_soft
-        self.counts: dict[str, torch.Tensor] = {}
-
-    def __call__(self, forward_pass: ForwardPass) -> None:
-        """A listener of the recorder."""
-        for name, entry in forward_pass.records["default"].items():
-            amount = entry.probability_sums if self.is_soft else entry.expert_counts
-            table = self.counts.setdefault(name, torch.zeros(len(DOMAINS), amount.shape[-1], dtype=torch.float64))
-            table[self.domain] += amount.sum(dim=0).double()
-
-
-def specialisation(counts: dict[str, torch.Tensor]) -> dict[str, list[float]]:
-    """Mutual information of expert and domain (each domain weighs the same) and entropy of the load, bits per router."""
-    information, entropies = [], []
-    for table in counts.values():
-        given = table / table.sum(dim=1, keepdim=True)
-        load = given.mean(dim=0)
-        entropies.append(entropy(load))
-        information.append(max(0.0, entropy(load) - sum(entropy(row) for row in given) / len(given)))
-    return {"mutual_information_bits": information, "load_entropy_bits": entropies}
-
-
-def entropy(distribution: torch.Tensor) -> float:
-    """In bits."""
-    return float(-(distribution * distribution.clamp(min=1e-12).log2()).sum())
-
-
-def score(model: nn.Module, sides: dict[str, dict[str, list[Row]]], *, is_soft: bool = False) -> dict[str, Any]:
-    """Answer NLL of each domain on each side of the split, and what the routers do on the test rows."""
-    found: dict[str, Any] = {
-        "validation": {domain: answer_nll(model, rows) for domain, rows in sides["validation"].items()}
-    }
-    recorder, counts = get_recorder(model), ExpertCounts(is_soft=is_soft)
-    if recorder is not None:
-        recorder.listeners.append(counts)
-    found["test"] = {}
-    for domain, rows in sides["test"].items():
-        counts.domain = DOMAINS.index(domain)
-        found["test"][domain] = answer_nll(model, rows)
-    if counts.counts:
-        found["routing"] = specialisation(counts.counts)
-    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset
-from safetensors.torch import load_file, save_file
 from sklearn.cluster import KMeans
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from tiny_encoder import LABELS, TEXTS, TOPICS, WIDTH
 
 from domains import DATA, DOMAINS
 from peft_moe import InstructionClusterer, choose_num_clusters
@@ -24,186 +20,10 @@ from peft_moe.tuners.mocle.sentence_encoder import SentenceEncoder, SentenceTran
 from pretrained import minilm_path
 
 
-WORDS = ["red", "green", "blue", "colour", "cat", "dog", "horse", "animal", "two", "three", "sum", "number"]
-TOPICS = {"colours": WORDS[:4], "animals": WORDS[4:8], "numbers": WORDS[8:]}
-TEXTS = [f"{a} {b} {c}" for words in TOPICS.values() for a in words for b in words for c in words[:2]]
-LABELS = [topic for topic in TOPICS for _ in range(32)]
-WIDTH = 32
-
-
-def write_tiny_encoder(folder: Path) -> Path:
-    """A Bert of one layer with random weights, in which the words of a topic are alike; one token per word."""
-    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS]
-    tokenizer = Tokenizer(models.WordLevel({name: index for index, name in enumerate(names)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        "[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    specials = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **specials).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(names),
-        hidden_size=WIDTH,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=2 * WIDTH,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-    )
-    model = BertModel(config)
-    topics = torch.randn(len(TOPICS), WIDTH).repeat_interleave(4, dim=0)
-    model.embeddings.word_embeddings.weight.data[4:] = 3 * topics + 0.3 * torch.randn(len(WORDS), WIDTH)
-    model.save_pretrained(folder)
-    return folder
-
-
-def as_sentence_transformers(
-    folder: Path, *, pooling: dict | None = None, kinds=("Transformer", "Pooling", "Normalize"), **settings
-):
-    """Adds the files by which sentence-transformers knows how to use an encoder."""
-    paths = {"Transformer": "", "Pooling": "1_Pooling"}
-    modules = [
-        {
-            "idx": i,
-            "name": str(i),
-            "path": paths.get(kind, f"{i}_{kind}"),
-            "type": f"sentence_transformers.models.{kind}",
-        }
-        for i, kind in enumerate(kinds)
-    ]
-    (folder / "modules.json").write_text(json.dumps(modules))
-    (folder / "1_Pooling").mkdir()
-    pooling = {"word_embedding_dimension": WIDTH, "pooling_mode_mean_tokens": True} | (pooling or {})
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
-    (folder / "sentence_bert_config.json").write_text(
-        json.dumps({"max_seq_length": 64, "do_lower_case": False} | settings)
-    )
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tiny_folder(tmp_path_factory) -> Path:
-    return write_tiny_encoder(tmp_path_factory.mktemp("encoder") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def encoder(tiny_folder) -> SentenceEncoder:
-    return SentenceEncoder(tiny_folder, device="cpu")
-
-
-@pytest.fixture(scope="module")
-def embeddings(encoder) -> torch.Tensor:
-    return encoder.encode(TEXTS)
-
-
-@pytest.fixture(scope="module")
-def clusterer(encoder) -> InstructionClusterer:
-    return InstructionClusterer.fit(TEXTS, 3, encoder=encoder, show_progress=False)
-
-
-@pytest.fixture
-def encoder_copy(tiny_folder, tmp_path) -> Path:
-    return Path(shutil.copytree(tiny_folder, tmp_path / "copy"))
-
-
 @pytest.fixture
 def never_encodes(monkeypatch):
     """Any use of an encoder fails: what is wrong has to be said before."""
     monkeypatch.setattr(SentenceEncoder, "_loaded", lambda self: pytest.fail("the encoder was used"))
-
-
-class TestSentenceEncoder:
-    def test_vectors_are_float32_on_the_cpu_and_need_no_gradient(self, encoder, embeddings):
-        assert embeddings.shape == (len(TEXTS), WIDTH) == (96, encoder.embedding_dim)
-        assert (embeddings.dtype, embeddings.device.type, embeddings.requires_grad) == (torch.float32, "cpu", False)
-
-    def test_a_bare_model_gives_the_mean_over_its_tokens(self, encoder, tiny_folder, embeddings):
-        model = BertModel.from_pretrained(tiny_folder).eval()
-        batch = PreTrainedTokenizerFast.from_pretrained(tiny_folder)(TEXTS[5], return_tensors="pt")
-        with torch.no_grad():
-            expected = model(**batch).last_hidden_state[0].mean(dim=0)
-        torch.testing.assert_close(embeddings[5], expected, rtol=0, atol=1e-6)
-
-    def test_the_other_texts_of_a_batch_do_not_matter(self, encoder, embeddings):
-        long = [f"{text} cat dog two red" for text in TEXTS[:3]]
-        mixed = encoder.encode([*TEXTS[:3], *long], batch_size=6)
-        torch.testing.assert_close(mixed[:3], embeddings[:3], rtol=0, atol=1e-6)
-
-    def test_order_and_batch_size_do_not_matter(self, encoder, embeddings):
-        order = torch.randperm(len(TEXTS))
-        shuffled = encoder.encode([TEXTS[index] for index in order], batch_size=7)
-        torch.testing.assert_close(shuffled, embeddings[order], rtol=0, atol=1e-6)
-
-    def test_it_is_loaded_on_first_use_only(self, tiny_folder):
-        encoder = SentenceEncoder(tiny_folder)
-        assert encoder._backend is None
-        encoder.encode(["red"])
-        assert encoder._backend is not None
-
-    def test_normalisation_is_done_where_the_folder_asks_for_it(self, encoder_copy, embeddings):
-        vectors = SentenceEncoder(as_sentence_transformers(encoder_copy), device="cpu").encode(TEXTS)
-        torch.testing.assert_close(vectors, torch.nn.functional.normalize(embeddings), rtol=0, atol=1e-6)
-
-    def test_long_texts_are_cut_where_the_folder_says(self, encoder_copy):
-        encoder = SentenceEncoder(as_sentence_transformers(encoder_copy, max_seq_length=5), device="cpu")
-        vectors = encoder.encode(["red green blue", "red green blue cat dog"])
-        torch.testing.assert_close(vectors[0], vectors[1])
-
-    def test_texts_are_lowered_where_the_folder_says(self, encoder_copy):
-        encoder = SentenceEncoder(as_sentence_transformers(encoder_copy, do_lower_case=True), device="cpu")
-        vectors = encoder.encode(["Red CAT", "red cat"])
-        torch.testing.assert_close(vectors[0], vectors[1])
-
-    @pytest.mark.parametrize(
-        "files, message",
-        [
-            ({"pooling": {"pooling_mode_mean_tokens": False, "pooling_mode_cls_token": True}}, "pools by .*cls_token"),
-            ({"pooling": {"pooling_mode": "lasttoken"}}, "pools by .*lasttoken"),
-            ({"pooling": {"pooling_mode_max_tokens": True}}, "pools by .*mean_tokens.*max_tokens"),
-            ({"pooling": {"include_prompt": False}}, "prompt out of pooling"),
-            ({"kinds": ("Transformer", "Pooling", "Dense", "Normalize")}, "consists of .*'Dense'"),
-        ],
-        ids=["cls", "last token", "mean and max", "prompt", "dense layer"],
-    )
-    def test_plain_transformers_refuses_what_it_cannot_do(self, encoder_copy, files, message):
-        with pytest.raises(ValueError, match=f"{message}.*pip install sentence-transformers"):
-            TransformersBackend(as_sentence_transformers(encoder_copy, **files), torch.device("cpu"))
-
-    @pytest.mark.skipif(find_spec("sentence_transformers") is None, reason="sentence-transformers is not installed")
-    @pytest.mark.parametrize("is_bare", [True, False], ids=["bare", "with modules"])
-    def test_sentence_transformers_gives_the_same(self, encoder_copy, is_bare):
-        if not is_bare:
-            as_sentence_transformers(encoder_copy, max_seq_length=4)
-        backends = [
-            kind(encoder_copy, torch.device("cpu")) for kind in (SentenceTransformersBackend, TransformersBackend)
-        ]
-        theirs, ours = (backend.encode(TEXTS[::7]) for backend in backends)
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
-
-    def test_a_file_is_refused(self, tiny_folder):
-        with pytest.raises(ValueError, match=r"model.safetensors' is a file. Give the folder .*tiny'"):
-            SentenceEncoder(tiny_folder / "model.safetensors")
-
-    def test_an_unknown_model_is_named_and_completed(self):
-        with pytest.raises(
-            OSError, match=r"'no-such-encoder' is no folder.*'sentence-transformers/no-such-encoder'.*OFFLINE"
-        ):
-            SentenceEncoder("no-such-encoder").encode(["red"])
-
-    def test_weights_as_pickle_are_not_read(self, encoder_copy):
-        torch.save(load_file(encoder_copy / "model.safetensors"), encoder_copy / "pytorch_model.bin")
-        (encoder_copy / "model.safetensors").unlink()
-        with pytest.raises(OSError, match="safetensors"):
-            SentenceEncoder(encoder_copy).encode(["red"])
-
-    @pytest.mark.parametrize(
-        "texts, message",
-        [([], "list of texts is empty"), ("red", "single string 'red'"), (["red", None], "text 1 is a NoneType")],
-    )
-    def test_bad_texts_are_refused(self, encoder, texts, message):
-        with pytest.raises(ValueError, match=message):
-            encoder.encode(texts)
 
 
 class TestNearestCentroid:
@@ -456,114 +276,6 @@ class TestChoosingTheNumber:
     def test_bad_candidates_are_refused_before_any_work(self, never_encodes, candidates, message):
         with pytest.raises(ValueError, match=message):
             choose_num_clusters(["red", "cat", "two"], candidates, encoder="unused/encoder")
-
-
-class TestSaving:
-    @pytest.fixture
-    def folder(self, clusterer, tmp_path) -> Path:
-        clusterer.save_pretrained(tmp_path / "clusters")
-        return tmp_path / "clusters"
-
-    def test_what_is_loaded_is_what_was_saved(self, clusterer, folder):
-        loaded = InstructionClusterer.from_pretrained(folder)
-        assert torch.equal(loaded.centroids, clusterer.centroids)
-        assert torch.equal(loaded.cluster_sizes, clusterer.cluster_sizes)
-        for name in ("encoder_name", "template", "instruction_pattern", "seed", "num_texts"):
-            assert getattr(loaded, name) == getattr(clusterer, name)
-        assert torch.equal(loaded.predict(TEXTS), clusterer.predict(TEXTS))
-
-    def test_the_files_hold_no_text_and_no_pickle(self, folder):
-        assert sorted(path.name for path in folder.iterdir()) == [
-            "README.md",
-            "clusterer.safetensors",
-            "clusterer_config.json",
-        ]
-        assert sorted(load_file(folder / "clusterer.safetensors")) == ["centroids", "cluster_sizes"]
-        written = "".join(path.read_text() for path in folder.iterdir() if path.suffix != ".safetensors")
-        assert "red green" not in written
-
-    def test_template_and_pattern_are_kept(self, encoder, tmp_path):
-        settings = {"template": "Question: {} Short answer:", "instruction_pattern": "USER: (.*)"}
-        InstructionClusterer(torch.eye(3), encoder=encoder, **settings).save_pretrained(tmp_path)
-        loaded = InstructionClusterer.from_pretrained(tmp_path)
-        assert {name: getattr(loaded, name) for name in settings} == settings
-
-    def test_the_folder_of_an_adapter_keeps_its_files(self, clusterer, tmp_path):
-        for name in ("config.json", "adapter_config.json", "README.md"):
-            (tmp_path / name).write_text("mine")
-        clusterer.save_pretrained(tmp_path)
-        InstructionClusterer.from_pretrained(tmp_path).save_pretrained(tmp_path)
-        assert [(tmp_path / name).read_text() for name in ("config.json", "adapter_config.json", "README.md")] == [
-            "mine"
-        ] * 3
-
-    def test_the_encoder_is_not_needed_for_loading(self, clusterer, folder):
-        path = folder / "clusterer_config.json"
-        path.write_text(path.read_text().replace(clusterer.encoder_name, "gone/encoder"))
-        loaded = InstructionClusterer.from_pretrained(folder)
-        assert loaded.encoder_name == "gone/encoder"
-        assert loaded.predict_embeddings(clusterer.centroids).tolist() == [0, 1, 2]
-
-    def test_the_encoder_may_be_found_elsewhere(self, encoder, folder, clusterer):
-        path = folder / "clusterer_config.json"
-        path.write_text(path.read_text().replace(clusterer.encoder_name, "gone/encoder"))
-        loaded = InstructionClusterer.from_pretrained(folder, encoder=encoder)
-        assert torch.equal(loaded.predict(TEXTS), clusterer.predict(TEXTS))
-        assert loaded.encoder_name == "gone/encoder"
-
-    def test_the_card_names_the_library(self, folder):
-        card = (folder / "README.md").read_text()
-        assert card.startswith("---\n") and "library_name: peft_moe" in card and "- mocle" in card
-
-    def test_pushing_uploads_these_files(self, clusterer, monkeypatch):
-        uploaded = []
-        monkeypatch.setattr(
-            "huggingface_hub.HfApi.create_repo", lambda self, repo_id, **kw: type("Url", (), {"repo_id": repo_id})
-        )
-        monkeypatch.setattr(
-            "huggingface_hub.HfApi.upload_folder",
-            lambda self, folder_path, **kw: uploaded.extend(sorted(path.name for path in Path(folder_path).iterdir())),
-        )
-        clusterer.push_to_hub("name/clusters")
-        assert uploaded == ["README.md", "clusterer.safetensors", "clusterer_config.json"]
-
-    @pytest.mark.parametrize("file", ["clusterer.safetensors", "clusterer_config.json"])
-    def test_a_missing_file_is_named(self, folder, file):
-        (folder / file).unlink()
-        with pytest.raises(ValueError, match=f"no whole clusterer: {file} missing"):
-            InstructionClusterer.from_pretrained(folder)
-
-    @pytest.mark.parametrize("damage", ["truncated", "changed", "exchanged", "not finite", "other size", "no tensor"])
-    def test_damaged_centroids_are_refused(self, folder, damage):
-        file = folder / "clusterer.safetensors"
-        tensors = load_file(file)
-        changed = tensors["centroids"].clone()
-        changed[0, 0] += {"changed": 1e-3, "not finite": float("inf")}.get(damage, 0.0)
-        replacements = {"exchanged": changed.flip(0), "other size": changed[:, :-1].contiguous()}
-        if damage == "truncated":
-            file.write_bytes(file.read_bytes()[:-40])
-        elif damage == "no tensor":
-            save_file({"cluster_sizes": tensors["cluster_sizes"]}, file)
-        else:
-            save_file(tensors | {"centroids": replacements.get(damage, changed)}, file)
-        with pytest.raises(ValueError, match=r"is damaged .*Nothing was loaded. Fetch or save both files again"):
-            InstructionClusterer.from_pretrained(folder)
-
-    @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format_version": 1}', '{"format_version": "new"}'])
-    def test_a_damaged_config_is_refused(self, folder, text):
-        (folder / "clusterer_config.json").write_text(text)
-        with pytest.raises(ValueError, match="is damaged"):
-            InstructionClusterer.from_pretrained(folder)
-
-    def test_a_newer_format_is_refused(self, folder):
-        path = folder / "clusterer_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 2}))
-        with pytest.raises(ValueError, match="has format 2, but this version of peft_moe reads up to 1. Upgrade"):
-            InstructionClusterer.from_pretrained(folder)
-
-    def test_a_name_that_is_nowhere_is_an_error_of_the_system(self):
-        with pytest.raises(OSError, match="'no/clusters' is no folder here, and clusterer_config.json"):
-            InstructionClusterer.from_pretrained("no/clusters", local_files_only=True)
 
 
 @pytest.mark.slow

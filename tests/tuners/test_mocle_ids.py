@@ -8,37 +8,16 @@ import io
 
 import pytest
 import torch
-from peft import PeftModel
+from mocle_calls import GREEDY, architecture, prompt, wrap
 from test_mocle_formula import IDS, SETTINGS, build, layers_of
 from torch import nn
-from transformers import (
-    DataCollatorWithPadding,
-    Seq2SeqTrainer,
-    Seq2SeqTrainingArguments,
-    Trainer,
-    TrainingArguments,
-)
 
-from peft_moe import ClusterIdsCollator, MoCLEConfig, record_expert_load
-from tiny_architectures import ARCHITECTURES, blip2_config, image_and_text
-from tiny_models import tiny_llama, tiny_tokenizer, token_batch
+from peft_moe import MoCLEConfig, record_expert_load
+from tiny_architectures import image_and_text
+from tiny_models import tiny_llama, token_batch
 
 
 OTHER_IDS = torch.tensor([2, 5])
-GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
-
-
-def prompt(batch_size: int = 3) -> torch.Tensor:
-    return token_batch(batch_size, num_padding=0)["input_ids"]
-
-
-def architecture(name: str):
-    (found,) = [entry for entry in ARCHITECTURES if entry.name == name]
-    return found
-
-
-def wrap(model: nn.Module, **settings) -> PeftModel:
-    return build(model, **{"task_type": None, **settings})
 
 
 class TestForward:
@@ -188,98 +167,6 @@ class TestPacked:
         positions = torch.tensor([[0, 1, 2, 0, 1, 2]])
         with pytest.raises(ValueError, match="cluster_ids has 3 entries.*packed"):
             build()(input_ids=prompt(1)[:, :6], position_ids=positions, cluster_ids=torch.tensor([0, 1, 2]))
-
-
-class TestGenerate:
-    def test_each_sample_generates_as_if_it_were_alone(self):
-        model, ids = build(), torch.tensor([0, 3, 5])
-        together = model.generate(prompt(), cluster_ids=ids, **GREEDY)
-        for row in range(3):
-            alone = model.generate(prompt()[row : row + 1], cluster_ids=ids[row : row + 1], **GREEDY)
-            assert torch.equal(together[row : row + 1], alone)
-
-    @pytest.mark.parametrize("use_cache", [True, False])
-    def test_beams_stay_aligned(self, use_cache):
-        model, ids = build(), torch.tensor([0, 3, 5])
-        settings = {**GREEDY, "num_beams": 3, "num_return_sequences": 2, "use_cache": use_cache}
-        together = model.generate(prompt(), cluster_ids=ids, **settings)
-        for row in range(3):
-            alone = model.generate(prompt()[row : row + 1], cluster_ids=ids[row : row + 1], **settings)
-            assert torch.equal(together[2 * row : 2 * row + 2], alone)
-
-    def test_several_answers_to_one_prompt_share_its_cluster(self):
-        model, ids = build(), torch.tensor([0, 3])
-        settings = {**GREEDY, "do_sample": True, "num_return_sequences": 3}
-        seen = []
-        layer = next(iter(layers_of(model).values()))
-        layer.register_forward_pre_hook(
-            lambda module, args: seen.append(module.route("default", args[0], args[0])[1].plan.example_index)
-        )
-        model.generate(prompt(2), cluster_ids=ids, **settings)
-        with layer.recorder.surround({"cluster_ids": ids}):
-            expected = layer.route("default", torch.zeros(2, 1, 1), torch.zeros(0))[1].plan.example_index
-        assert len(seen) == 6
-        assert all(torch.equal(index, expected.repeat_interleave(3, dim=0)) for index in seen)
-
-    def test_ids_differ_from_no_ids_and_misspelt_arguments_are_refused(self):
-        model = build(fallback="universal")
-        ids = torch.tensor([0, 3, 5])
-        assert not torch.equal(model.generate(prompt(), cluster_ids=ids, **GREEDY), model.generate(prompt(), **GREEDY))
-        with pytest.raises(ValueError, match="cluster_idz"):
-            model.generate(prompt(), cluster_idz=ids, **GREEDY)
-
-    @pytest.mark.parametrize("ids", [[1], [1, 2], [1, 2, 3]], ids=len)
-    def test_a_number_of_ids_that_is_not_that_of_the_prompts_is_refused(self, ids):
-        with pytest.raises(ValueError, match=f"cluster_ids has {len(ids)} entries, but generate got 4 prompts"):
-            build().generate(prompt(4), cluster_ids=torch.tensor(ids), **GREEDY)
-
-    def test_a_hand_written_loop_needs_the_ids_only_once(self):
-        model, ids = build(), torch.tensor([0, 3, 5])
-        expected = model.generate(prompt(), cluster_ids=ids, **GREEDY)
-        tokens, step = prompt(), {"input_ids": prompt(), "cluster_ids": ids}
-        with torch.no_grad():
-            for _ in range(GREEDY["max_new_tokens"]):
-                output = model(**step, use_cache=True)
-                new = output.logits[:, -1:].argmax(dim=-1)
-                tokens = torch.cat([tokens, new], dim=1)
-                step = {"input_ids": new, "past_key_values": output.past_key_values}
-        assert torch.equal(tokens, expected)
-
-    def test_weights_that_change_between_two_calls_count(self):
-        model, ids = build(), torch.tensor([0, 3, 5])
-        with torch.no_grad():
-            before = model(prompt(), cluster_ids=ids).logits
-            for layer in layers_of(model).values():
-                for gate in layer.mocle_gate.values():
-                    gate.weight.mul_(-1)
-            after = model(prompt(), cluster_ids=ids).logits
-        assert not torch.equal(before, after)
-        assert torch.equal(after, model(prompt(), cluster_ids=ids).logits)
-
-    @pytest.mark.parametrize("name", ["t5", "opt"])
-    def test_other_kinds_of_model_generate(self, name):
-        model = wrap(architecture(name).build())
-        ids = torch.tensor([0, 3, 5])
-        tokens = prompt() % 20 + 2
-        settings = {**GREEDY, "num_beams": 2}
-        together = model.generate(input_ids=tokens, cluster_ids=ids, **settings)
-        for row in range(3):
-            alone = model.generate(input_ids=tokens[row : row + 1], cluster_ids=ids[row : row + 1], **settings)
-            assert torch.equal(together[row : row + 1], alone)
-
-    def test_a_model_whose_generate_calls_its_language_model_directly(self):
-        model = wrap(architecture("blip-2").build())
-        names = {layer.name.rpartition(".")[2] for layer in layers_of(model).values()}
-        assert names == {"q_proj", "v_proj"} and blip2_config().model_type == "blip-2"
-        batch = image_and_text()
-        rows = batch["input_ids"].shape[0]
-        found = [
-            model.generate(
-                **{k: v for k, v in batch.items() if k != "labels"}, cluster_ids=torch.full((rows,), c), **GREEDY
-            )
-            for c in (0, 0, 4)
-        ]
-        assert torch.equal(found[0], found[1]) and found[0].shape == found[2].shape
 
 
 class TestWhatComesBefore:
@@ -432,84 +319,6 @@ class TestOtherWrappers:
             base.add_adapter(configs[1], adapter_name="two")
 
 
-def examples(num_rows: int = 8) -> list[dict]:
-    batch = token_batch(num_rows, num_padding=0)
-    return [{**{k: v[i].tolist() for k, v in batch.items()}, "cluster_ids": i % 6} for i in range(num_rows)]
-
-
-def spy_on_ids(model) -> list[torch.Tensor]:
-    """The ids of every forward pass, as the layers see them."""
-    seen = []
-    layer = next(iter(layers_of(model).values()))
-
-    def look(module, args):
-        seen.append(module.scopes["default"].lookup.of_running_pass(module.recorder).ids)
-
-    layer.register_forward_pre_hook(look)
-    return seen
-
-
-def arguments(folder, cls=TrainingArguments, **settings):
-    defaults = {"per_device_train_batch_size": 4, "max_steps": 2, "report_to": [], "use_cpu": True}
-    defaults |= {"save_strategy": "no", "train_sampling_strategy": "sequential", "disable_tqdm": True}
-    return cls(str(folder), **{**defaults, **settings})
-
-
-class TestTrainers:
-    @pytest.mark.parametrize("with_collator", [False, True], ids=["default-collator", "padding-collator"])
-    def test_the_unchanged_trainer_hands_them_over(self, tmp_path, with_collator):
-        from datasets import Dataset
-
-        model = build()
-        seen = spy_on_ids(model)
-        dataset = Dataset.from_list([{**row, "note": "to be removed"} for row in examples()])
-        collator = {"data_collator": DataCollatorWithPadding(tiny_tokenizer())} if with_collator else {}
-        trainer = Trainer(model, arguments(tmp_path), train_dataset=dataset, eval_dataset=dataset, **collator)
-        trainer.train()
-        assert [ids.tolist() for ids in seen] == [[0, 1, 2, 3], [4, 5, 0, 1]]
-        assert trainer.evaluate()["eval_loss"] > 0
-
-    def test_a_model_adapted_by_transformers_trains_too(self, tmp_path):
-        base = tiny_llama()
-        base.add_adapter(MoCLEConfig(**{**SETTINGS, "task_type": None}))
-        before = {name: p.clone() for name, p in base.named_parameters() if "mocle_B" in name}
-        Trainer(base, arguments(tmp_path, learning_rate=1e-2), train_dataset=examples()).train()
-        after = dict(base.named_parameters())
-        assert all(not torch.equal(after[name], value) for name, value in before.items())
-
-    def test_seq2seq_evaluation_generates_with_them(self, tmp_path):
-        model = wrap(architecture("t5").build())
-        rows = [
-            {
-                "input_ids": [i % 20 + 2 for i in row["input_ids"]],
-                "labels": [3, 4, 5],
-                "cluster_ids": row["cluster_ids"],
-            }
-            for row in examples(4)
-        ]
-        args = arguments(tmp_path, Seq2SeqTrainingArguments, predict_with_generate=True, generation_max_length=5)
-        metrics = Seq2SeqTrainer(model, args, train_dataset=rows, eval_dataset=rows).evaluate()
-        assert metrics["eval_loss"] > 0
-
-    def test_a_wrapped_collator_keeps_them(self):
-        def collator(rows):
-            assert all(set(row) == {"input_ids"} for row in rows)
-            return {"input_ids": torch.tensor([row["input_ids"] for row in rows])}
-
-        rows = [{"input_ids": [1, 2], "cluster_ids": 3}, {"input_ids": [4, 5], "cluster_ids": [0, 2]}]
-        assert ClusterIdsCollator(collator)(rows)["cluster_ids"].tolist() == [3, 0, 2]
-        with pytest.raises(ValueError, match=r"Example 1 .* only \['input_ids'\].*add_cluster_ids"):
-            ClusterIdsCollator(collator)([rows[0], {"input_ids": [1, 2]}])
-
-    def test_expert_load_counts_examples(self):
-        model = build(top_k=2)
-        with record_expert_load(model) as load:
-            model(**token_batch(), cluster_ids=IDS)
-        counts = load.by_router()
-        assert list(counts) == [f"model.layers.{i}" for i in range(3)]
-        assert all(sum(of_router) == 4 and len(of_router) == 3 for of_router in counts.values())
-
-
 BAD_IDS = {
     "missing": (None, "got no cluster_ids.*attach_encoder"),
     "too few": (torch.tensor([1]), "has 1 entries.*batch of 2"),
@@ -532,15 +341,3 @@ def test_bad_ids_are_refused_before_anything_is_computed(ids, message, is_traini
     with pytest.raises(ValueError, match=message):
         model(**token_batch(), cluster_ids=ids)
     assert torch.isfinite(model(**token_batch(), cluster_ids=IDS).loss)
-
-
-@pytest.mark.parametrize("name", ["too few", "float", "missing"])
-def test_a_trainer_stops_at_bad_ids_before_the_first_step(tmp_path, name):
-    ids = {"too few": None, "float": 0.5, "missing": None}[name]
-    rows = [{**row, "cluster_ids": ids} for row in examples()]
-    rows = [{k: v for k, v in row.items() if v is not None} for row in rows]
-    model = build()
-    before = [p.clone() for p in model.parameters()]
-    with pytest.raises(ValueError, match="cluster_ids"):
-        Trainer(model, arguments(tmp_path), train_dataset=rows).train()
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
