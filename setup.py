@@ -38,13 +38,14 @@ EXTRAS["test"] = [
     *EXTRAS["trl"],
     "gguf>=0.17",
     "hypothesis>=6.100",
-    "pytest>=8.2",
+    "pytest>=8.4",
+    "pytest-cov>=6.0",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
     "xllamacpp>=2026.10; platform_system == 'Linux' and platform_machine == 'x86_64'",
 ]
 EXTRAS["quality"] = ["mypy>=1.15", "pre-commit>=4.0", "ruff>=0.14"]
-EXTRAS["docs"] = ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"]
+EXTRAS["docs"] = ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.29", "ruff>=0.14"]
 
 setup(
     name="peft_moe",

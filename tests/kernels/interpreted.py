@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -14,7 +15,10 @@ from kernel_cases import CASES, KernelCase, make_grad_out, make_index, make_inpu
 from kernel_oracle import outputs_and_gradients
 
 from peft_moe.kernels import DispatchPlan, lora_experts
-from peft_moe.kernels.triton import is_interpreted, launch, programs
+from peft_moe.kernels.backends import triton as backend
+from peft_moe.kernels.triton import is_interpreted, tiles
+from peft_moe.kernels.triton.launch import examples, pairs, sort, sorted_rows
+from peft_moe.kernels.triton.programs import shared
 
 
 assert is_interpreted(), "TRITON_INTERPRET=1 has to be set before triton is imported"
@@ -22,9 +26,33 @@ assert is_interpreted(), "TRITON_INTERPRET=1 has to be set before triton is impo
 LARGE = {
     "several_tiles": KernelCase("segments longer than a tile", 300, 40, 56, num_experts=3, rank=16, top_k=2),
     "several_rank_blocks": KernelCase("a rank above the widest tile", 70, 72, 136, num_experts=3, rank=130, top_k=3),
-    "many_experts": KernelCase("more segments than rows", 20, 24, 24, num_experts=17, rank=4, top_k=3),
+    "many_experts": KernelCase("more segments than rows of one slot", 24, 24, 24, num_experts=17, rank=4, top_k=3),
     "skewed": KernelCase("one expert has nearly all", 130, 40, 40, top_k=1, forced=[[2]] * 129 + [[0]]),
+    "universal": KernelCase(
+        "tiles end where examples do", 210, 40, 56, 4, 6, tokens_per_example=70, forced=[[1, 3]] * 3
+    ),
+    "examples_of_wide_rank": KernelCase("columns of a slot in two tiles", 48, 40, 136, rank=65, tokens_per_example=24),
+    "short_examples": KernelCase("examples shorter than a tile are sorted", 45, 24, 24, tokens_per_example=3),
+    "decode_of_wide_rank": KernelCase("several rank tiles of one pair", 1, 520, 136, num_experts=3, rank=37, top_k=3),
 }
+PATHS = dict.fromkeys(LARGE, "sorted") | {
+    "universal": "examples",
+    "examples_of_wide_rank": "examples",
+    "decode_of_wide_rank": "decode",
+}
+LIMITS = [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)]
+
+
+@pytest.fixture
+def poison():
+    """Fresh memory is full of NaN, so that what a program leaves unwritten shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def path_taken(case: KernelCase) -> str:
+    return backend.path_of(case.num_tokens, case.tokens_per_example, case.top_k, case.rank)
 
 
 def results(case: KernelCase, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -43,14 +71,26 @@ def worst_error(case: KernelCase, dtype: torch.dtype = torch.float32) -> float:
 
 
 @pytest.mark.parametrize("name", LARGE)
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)])
-def test_large_cases(name, dtype, limit):
+@pytest.mark.parametrize(("dtype", "limit"), LIMITS)
+def test_large_cases(name, dtype, limit, poison):
+    assert path_taken(LARGE[name]) == PATHS[name]
     assert worst_error(LARGE[name], dtype) <= limit
 
 
-@pytest.mark.parametrize("name", ["several_tiles", "skewed"])
-def test_split_sums_add_up(name, monkeypatch):
-    monkeypatch.setattr(launch, "ROWS_PER_SPLIT", 8)
+SMALL = ["top_1", "no_tokens", "empty_experts", "same_expert_twice", "odd_sizes", "strided"]
+
+
+@pytest.mark.parametrize("name", [*SMALL, "by_example", "by_example_forced", "plain_lora"])
+@pytest.mark.parametrize("path", ["examples", "sorted"])
+def test_every_path_is_right_for_every_shape(name, path, monkeypatch, poison):
+    assert path_taken(CASES[name]) == "decode"
+    monkeypatch.setattr(backend, "path_of", lambda *shape: path)
+    assert worst_error(CASES[name]) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["several_tiles", "skewed", "universal"])
+def test_split_sums_add_up(name, monkeypatch, poison):
+    monkeypatch.setattr(tiles, "ROWS_PER_SPLIT", 8)
     seen = []
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *size, **more: seen.append(size) or empty(*size, **more))
@@ -58,15 +98,57 @@ def test_split_sums_add_up(name, monkeypatch):
     assert any(len(size) == 4 and size[0] > 1 for size in seen)
 
 
-@pytest.mark.parametrize("name", ["several_tiles", "top_2"])
+def sorted_by_torch(index: torch.Tensor, tokens_per_example: int, num_experts: int) -> list[torch.Tensor]:
+    index = index.repeat_interleave(tokens_per_example, 0)
+    segment = (index + num_experts * torch.arange(index.shape[1])).t().reshape(-1)
+    token_of_row = segment.argsort(stable=True) % max(len(index), 1)
+    return [token_of_row, segment.bincount(minlength=num_experts * index.shape[1]).cumsum(0)]
+
+
+@pytest.mark.parametrize(
+    ("num_examples", "tokens_per_example", "num_experts", "top_k"),
+    [(0, 1, 3, 2), (1, 1, 1, 1), (40, 1, 5, 2), (7, 3, 5, 2), (9, 1, 70, 3), (5000, 1, 8, 1), (300, 1, 100, 2)],
+)
+def test_the_sort_is_that_of_torch(num_examples, tokens_per_example, num_experts, top_k, monkeypatch, poison):
+    if num_experts == 100:
+        monkeypatch.setattr(sort, "SORT_TILE", 256)
+    index = torch.randint(num_experts, (num_examples, top_k), generator=torch.Generator().manual_seed(0))
+    found = sort.run_sort(index, tokens_per_example, num_experts)
+    expected = sorted_by_torch(index, tokens_per_example, num_experts)
+    assert all(torch.equal(f.long(), e) for f, e in zip(found, expected))
+
+
+def test_a_sort_serves_all_linears_and_backward(monkeypatch):
+    calls = []
+    right = sort.run_sort
+    monkeypatch.setattr(sort, "run_sort", lambda *arguments: calls.append(1) or right(*arguments))
+    case = LARGE["many_experts"]
+    inputs, plan = make_inputs(case, torch.float32), DispatchPlan.from_index(make_index(case), case.num_experts)
+    for _ in range(2):
+        lora_experts(**inputs, plan=plan, backend="triton").sum().backward()
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("name", ["top_2", "one_example", "universal"])
+def test_nothing_is_sorted_where_nothing_has_to_be(name, monkeypatch):
+    case = {**LARGE, **CASES}[name]
+    monkeypatch.setattr(sort, "run_sort", None)
+    results(case, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["several_tiles", "universal", "top_2"])
 def test_repeats_are_equal_to_the_bit(name):
     case = {**LARGE, **CASES}[name]
     first, second = results(case, torch.float32), results(case, torch.float32)
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-@pytest.mark.parametrize("name", ["top_1", "top_2", "by_example"])
-def test_compiled_graphs_hold_the_op_and_its_gradients(name):
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [("top_2", "decode"), ("by_example", "examples"), ("top_2", "sorted"), ("by_example", "sorted")],
+)
+def test_compiled_graphs_hold_the_op_and_its_gradients(name, path, monkeypatch):
+    monkeypatch.setattr(backend, "path_of", lambda *shape: path)
     case = CASES[name]
     inputs, index, grad_out = make_inputs(case, torch.float32), make_index(case), make_grad_out(case, torch.float32)
 
@@ -86,17 +168,39 @@ def test_compiled_graphs_hold_the_op_and_its_gradients(name):
     )
 
 
-def test_ops_obey_the_rules_of_torch_library():
-    from peft_moe.kernels.backends.triton import lora_op
-    from peft_moe.kernels.triton.rows import rows_of
+def test_a_compiled_decode_step_needs_no_gradient():
+    case = CASES["top_2"]
+    inputs, index = make_inputs(case, torch.float32), make_index(case)
 
+    def layer():
+        plan = DispatchPlan.from_index(index, case.num_experts)
+        return lora_experts(**inputs, plan=plan, scaling=case.scaling, backend="triton")
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(), layer())
+
+
+@pytest.mark.parametrize("is_sorted", [True, False])
+def test_ops_obey_the_rules_of_torch_library(is_sorted):
     case = CASES["top_2"]
     inputs = make_inputs(case, torch.float32)
-    rows = rows_of(DispatchPlan.from_index(make_index(case), case.num_experts))
+    rows = backend.rows_of(DispatchPlan.from_index(make_index(case), case.num_experts), is_sorted=is_sorted)
+    path = "sorted" if is_sorted else "decode"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "path_of", lambda *shape: path)
+        torch.library.opcheck(
+            backend.lora_op,
+            (*inputs.values(), *backend.tensors_of(rows), rows.tokens_per_example, case.scaling),
+            test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+        )
+
+
+def test_the_sort_obeys_the_rules_of_torch_library():
+    from peft_moe.kernels.triton.rows import sort_op
+
     torch.library.opcheck(
-        lora_op,
-        (*inputs.values(), rows.token_of_row, rows.segment_end, rows.top_k, case.scaling),
-        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+        sort_op, (torch.tensor([[0, 2], [1, 2]]), 2, 3), test_utils=("test_schema", "test_faketensor")
     )
 
 
@@ -104,13 +208,13 @@ def test_ops_obey_the_rules_of_torch_library():
 def _multiply(x, y, out, UPCAST: tl.constexpr):
     index = tl.arange(0, 16)
     where = index[:, None] * 16 + index[None, :]
-    tl.store(out + where, programs.product(tl.load(x + where), tl.load(y + where), UPCAST, "ieee"))
+    tl.store(out + where, shared.product(tl.load(x + where), tl.load(y + where), UPCAST, "ieee"))
 
 
 @triton.jit
 def _round(x, out, UPCAST: tl.constexpr):
     index = tl.arange(0, 1024)
-    tl.store(out + index, programs.narrow(tl.load(x + index), tl.bfloat16, UPCAST))
+    tl.store(out + index, shared.narrow(tl.load(x + index), tl.bfloat16, UPCAST))
 
 
 def test_bfloat16_products_are_right_when_they_are_computed_in_float32():
@@ -129,28 +233,101 @@ def test_bfloat16_is_rounded_to_the_nearest():
     assert torch.equal(out, x.bfloat16())
 
 
-MUTATIONS = {
-    "the weight of another slot": ("weight + token * K + slot", "weight + token * K"),
-    "no scaling": ("tl.float32) + scaling", "tl.float32) + 1.0"),
-    "segments end a row early": ("is_row = rows < stop", "is_row = rows < stop - 1"),
-    "a slot is left out": ("for slot in tl.static_range(0, K)", "for slot in tl.static_range(0, K - 1)"),
-    "always the first expert": ("w + (segment % E)", "w + 0 * (segment % E)"),
-    "the output of a neighbour": ("tl.store(out + token[:, None] * W", "tl.store(out + (token[:, None] ^ 1) * W"),
-    "the rest of the columns": ("for first in range(0, D, BLOCK_D)", "for first in range(0, D - BLOCK_D, BLOCK_D)"),
+CHANGES = {
+    "sorted_rows": {
+        "the weight of another slot": ("* K + slot, mask=is_row", "* K, mask=is_row"),
+        "no scaling": ("tl.float32) + scaling", "tl.float32) + 1.0"),
+        "segments end a row early": ("is_row = rows < stop", "is_row = rows < stop - 1"),
+        "a slot is left out": ("for slot in tl.static_range(0, K)", "for slot in tl.static_range(0, K - 1)"),
+        "always the first expert": ("w + (segment % E)", "w + 0 * (segment % E)"),
+        "the output of a neighbour": ("tl.store(out + token[:, None] * W", "tl.store(out + (token[:, None] ^ 1) * W"),
+        "the rest of the columns": ("range(0, D, BLOCK_D)", "range(0, D - BLOCK_D, BLOCK_D)"),
+    },
+    "examples": {
+        "the weight of another slot": ("weight + choice, mask=is_column", "weight + choice // K * K, mask=is_column"),
+        "the weight of another slot in gradients": ("tl.load(weight + choice)", "tl.load(weight + (choice // K) * K)"),
+        "no scaling": ("tl.float32) + scaling", "tl.float32) + 1.0"),
+        "no scaling of gradients": ("factor = scaling * ", "factor = "),
+        "examples end a row early": ("place < tokens_per_example", "place < tokens_per_example - 1"),
+        "sums end a row early": ("is_row = token < stop", "is_row = token < stop - 1"),
+        "a slot is left out": ("range(0, K * R, BLOCK_C)", "range(0, K * R - BLOCK_C, BLOCK_C)"),
+        "a choice is left out": ("range(0, num_choices)", "range(0, num_choices - 1)"),
+        "a slot gets the dot product of another": ("column // R == slot", "column // R == K - 1 - slot"),
+        "always the first expert": (
+            "expert = tl.load(index + example * K",
+            "expert = 0 * tl.load(index + example * K",
+        ),
+        "the gradient of a neighbour": ("== expert\n", "== expert ^ 1\n"),
+        "a split takes the turn of another": ("turn = split", "turn = 0 * split"),
+        "the rest of the columns": ("range(0, D, BLOCK_D)", "range(0, D - BLOCK_D, BLOCK_D)"),
+    },
+    "pairs": {
+        "the weight of another slot": ("tl.load(weight + choice)", "tl.load(weight + choice - slot)"),
+        "no scaling": ("factor = scaling", "factor = 1.0"),
+        "a slot is left out": ("for slot in range(0, K)", "for slot in range(0, K - 1)"),
+        "always the first slot": ("* K + pair % K", "* K"),
+        "the last ranks": ("is_rank = rank < R", "is_rank = rank < R - 1"),
+        "the rest of the columns": ("range(0, D, BLOCK_D)", "range(0, D - BLOCK_D, BLOCK_D)"),
+        "the weight of a neighbour": ("choice = (token // tokens_per_example)", "choice = (token % 2)"),
+    },
+}
+SORT_CHANGES = {
+    "segments end a row early": ("slot * E + experts, next_row", "slot * E + experts, next_row - 1"),
+    "an expert begins too early": ("choice[:, None] < experts", "choice[:, None] < experts - 1"),
+    "steps overwrite each other": ("next_row += tl.sum(is_mine, 0)", "next_row += 0"),
+    "the choices of another slot": ("* K + slot, mask", "* K, mask"),
+}
+LAUNCHERS = {"sorted_rows": sorted_rows, "examples": examples, "pairs": pairs}
+# small shapes in which each change shows: two steps along the width, a remainder of the columns, several splits
+SHOWS_IN = {
+    "sorted_rows": ("sorted", dataclasses.replace(CASES["top_2"], num_tokens=10, in_features=136)),
+    "examples": ("examples", KernelCase("", 36, 136, 20, 4, 10, tokens_per_example=18, forced=[[1, 3], [2, 3]])),
+    "pairs": ("decode", dataclasses.replace(CASES["by_example"], num_tokens=4, in_features=520, tokens_per_example=2)),
 }
 
 
-@pytest.mark.parametrize("name", MUTATIONS)
-def test_a_wrong_program_is_noticed(name, tmp_path, monkeypatch):
-    right, wrong = MUTATIONS[name]
-    source = Path(programs.__file__).read_text()
+def changed(launcher: ModuleType, right: str, wrong: str, folder: Path) -> ModuleType:
+    """The programs of a launcher with one passage replaced."""
+    source = Path(launcher.programs.__file__).read_text()
     assert right in source
-    file = tmp_path / "mutated.py"
+    file = folder / "changed.py"
     file.write_text(source.replace(right, wrong))
-    spec = importlib.util.spec_from_file_location("mutated", file)
-    mutated = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(mutated)
-    case = dataclasses.replace(CASES["top_2"], num_tokens=10, in_features=136)
-    assert worst_error(case) <= 1e-5
-    monkeypatch.setattr(launch, "programs", mutated)
-    assert not worst_error(case) <= 1e-2
+    spec = importlib.util.spec_from_file_location(f"{launcher.programs.__package__}.changed", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def error_of(monkeypatch):
+    """The worst error of a family of programs on its shape."""
+
+    def worst(family: str) -> float:
+        path, case = SHOWS_IN[family]
+        monkeypatch.setattr(backend, "path_of", lambda *shape: path)
+        monkeypatch.setattr(tiles, "ROWS_PER_SPLIT", 8)
+        return worst_error(case)
+
+    return worst
+
+
+@pytest.mark.parametrize("family", SHOWS_IN)
+def test_the_unchanged_programs_are_right(family, error_of):
+    assert error_of(family) <= 1e-5
+
+
+@pytest.mark.parametrize(("family", "name"), [(family, name) for family in CHANGES for name in CHANGES[family]])
+def test_a_wrong_program_is_noticed(family, name, tmp_path, monkeypatch, error_of):
+    launcher = LAUNCHERS[family]
+    monkeypatch.setattr(launcher, "programs", changed(launcher, *CHANGES[family][name], tmp_path))
+    assert not error_of(family) <= 1e-2
+
+
+@pytest.mark.parametrize("name", [None, *SORT_CHANGES])
+def test_a_wrong_sort_is_noticed(name, tmp_path, monkeypatch, poison):
+    if name is not None:
+        monkeypatch.setattr(sort, "programs", changed(sort, *SORT_CHANGES[name], tmp_path))
+    monkeypatch.setattr(sort, "SORT_TILE", 64)
+    index = torch.randint(5, (75, 2), generator=torch.Generator().manual_seed(0))
+    found, expected = sort.run_sort(index, 2, 5), sorted_by_torch(index, 2, 5)
+    assert all(torch.equal(f.long(), e) for f, e in zip(found, expected)) == (name is None)

@@ -26,6 +26,13 @@ LARGE = {
     "skewed": KernelCase("one expert has nearly all", 4096, 1024, 1024, rank=64, top_k=1, forced=[[2]] * 4095 + [[0]]),
     "wide_rank": KernelCase("a rank above the widest tile", 1024, 1024, 1024, rank=160, top_k=2),
     "decode": KernelCase("a few tokens", 7, 4096, 11008, num_experts=8, rank=16, top_k=2),
+    "one_token": KernelCase("decoding alone", 1, 4096, 4096, num_experts=8, rank=64, top_k=2),
+    "examples": KernelCase(
+        "a universal expert", 3000, 2048, 1024, 5, 16, 2, [[0, 4], [2, 4], [0, 4]], tokens_per_example=1000
+    ),
+    "split_examples": KernelCase(
+        "sums that are split", 8192, 1024, 1024, 5, 8, 2, [[0, 4], [3, 4]] * 4, tokens_per_example=1024
+    ),
 }
 
 
@@ -81,8 +88,9 @@ def test_large_shapes_agree_with_the_definition(backend, dtype, name):
 
 
 @pytest.mark.parametrize("backend", ["triton", "dense", "grouped_mm"])
-def test_a_hundred_runs_are_equal_to_the_bit(backend):
-    case = LARGE["llama_7b"]
+@pytest.mark.parametrize("name", ["llama_7b", "decode", "split_examples"])
+def test_a_hundred_runs_are_equal_to_the_bit(backend, name):
+    case = LARGE[name]
     skip_unless_supported(backend, case, torch.bfloat16)
     inputs, grad_out = on_device(make_inputs(case, torch.bfloat16)), make_grad_out(case, torch.bfloat16)
     first = run(backend, case, inputs, grad_out)
@@ -92,7 +100,7 @@ def test_a_hundred_runs_are_equal_to_the_bit(backend):
 
 
 @pytest.mark.parametrize("backend", ["triton", "dense"])
-@pytest.mark.parametrize("name", ["llama_7b", "decode"])
+@pytest.mark.parametrize("name", ["llama_7b", "decode", "examples"])
 def test_a_cuda_graph_replays_another_routing(backend, name):
     case = LARGE[name]
     skip_unless_supported(backend, case, torch.bfloat16)
@@ -100,7 +108,7 @@ def test_a_cuda_graph_replays_another_routing(backend, name):
     index = make_index(case).to(DEVICE)
 
     def layer() -> torch.Tensor:
-        plan = DispatchPlan.from_index(index, case.num_experts)
+        plan = DispatchPlan.from_index(index, case.num_experts, tokens_per_example=case.tokens_per_example)
         return lora_experts(**inputs, plan=plan, scaling=case.scaling, backend=backend)
 
     stream = torch.cuda.Stream()
@@ -115,6 +123,39 @@ def test_a_cuda_graph_replays_another_routing(backend, name):
     graph.replay()
     torch.cuda.synchronize()
     torch.testing.assert_close(captured, layer(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("name", "launches"), [("decode", 2), ("one_token", 2), ("examples", 2), ("llama_7b", 4)])
+def test_triton_forward_takes_few_launches(name, launches):
+    """Shrink and expand; where tokens are sorted, also the sort and an expand for each slot."""
+    case = LARGE[name]
+    skip_unless_supported("triton", case, torch.bfloat16)
+    inputs = {key: tensor.detach() for key, tensor in on_device(make_inputs(case, torch.bfloat16)).items()}
+    index = make_index(case).to(DEVICE)
+
+    def layer() -> None:
+        plan = DispatchPlan.from_index(index, case.num_experts, tokens_per_example=case.tokens_per_example)
+        lora_experts(**inputs, plan=plan, scaling=case.scaling, backend="triton")
+
+    layer()  # compiles
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        layer()
+        torch.cuda.synchronize()
+    launched = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert len(launched) == launches, launched
+
+
+def test_the_sort_is_that_of_torch():
+    skip_unless_supported("triton", CASES["top_2"], torch.float32)
+    from peft_moe.kernels.triton.launch.sort import run_sort
+
+    for tokens, num_experts, top_k in [(1, 1, 1), (300, 5, 2), (5000, 8, 2), (32768, 64, 2), (32768, 256, 4)]:
+        generator = torch.Generator(DEVICE).manual_seed(0)
+        index = torch.randint(num_experts, (tokens, top_k), generator=generator, device=DEVICE)
+        token_of_row, segment_end = run_sort(index, 1, num_experts)
+        segment = (index + num_experts * torch.arange(top_k, device=DEVICE)).t().reshape(-1)
+        assert torch.equal(token_of_row.long(), segment.argsort(stable=True) % tokens)
+        assert torch.equal(segment_end.long(), segment.bincount(minlength=num_experts * top_k).cumsum(0))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

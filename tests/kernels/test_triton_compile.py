@@ -19,7 +19,10 @@ if os.environ.get("TRITON_INTERPRET", "0") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from peft_moe.kernels.triton import launch, programs  # noqa: E402
+from peft_moe.kernels.triton import tiles as sizes  # noqa: E402
+from peft_moe.kernels.triton.launch import pairs as pairs_launch  # noqa: E402
+from peft_moe.kernels.triton.launch.sort import SORT_WARPS, sort_blocks  # noqa: E402
+from peft_moe.kernels.triton.programs import examples, pairs, sort, sorted_rows  # noqa: E402
 
 
 KIB = 1024
@@ -32,7 +35,9 @@ TARGETS = {
 }
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 DATA = {"x", "w", "h", "y", "source", "other"}
-INTEGERS = ("num_tokens", "D", "W", "stride_x", "stride_y", "stride_source", "slot")
+INTEGERS = ("num_tokens", "tokens_per_example", "num_choices", "E", "D", "W", "slot")
+STRIDES = ("stride_x", "stride_y", "stride_source")
+POINTERS = {"token_of_row": "*i32", "segment_end": "*i32", "index": "*i64", "weight": "*fp32", "dots": "*fp32"}
 RANKS = (8, 16, 32, 64, 128, 256)
 E, K = 8, 2
 # rows of a call: decoding, and training
@@ -41,38 +46,38 @@ ROWS = {"decode": 64, "train": 8192}
 
 def compiled(program, dtype, target, settings, **options):
     """The program as it is launched on contiguous tensors whose widths are multiples of 16."""
-    types = dict.fromkeys(DATA, TYPES[dtype]) | {"out": TYPES[dtype]} | dict.fromkeys(INTEGERS, "i32")
-    types |= {"token_of_row": "*i32", "segment_end": "*i32", "weight": "*fp32", "dots": "*fp32", "scaling": "fp32"}
-    types |= {"first_segment": "i32"}
-    if program is programs.weight_gradient:
+    types = POINTERS | dict.fromkeys(DATA, TYPES[dtype]) | {"out": TYPES[dtype], "scaling": "fp32"}
+    types |= dict.fromkeys((*INTEGERS, *STRIDES), "i32")
+    if program in (sorted_rows.weight_gradient, examples.weight_gradient_examples):
         types["out"] = "*fp32"
     names = program.arg_names
-    settings = {**settings, **launch.precision_of(dtype)}
+    if "UPCAST" in names:
+        settings = {**settings, **sizes.precision_of(dtype)}
+    settings = {name: value for name, value in settings.items() if name in names}
     signature = {name: "constexpr" if name in settings else types[name] for name in names}
-    aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") or name in ("D", "W")]
-    aligned += [i for i, name in enumerate(names) if name.startswith("stride_")]
+    aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") or name in ("D", "W", *STRIDES)]
     attributes = {(index,): [["tt.divisibility", 16]] for index in aligned}
     source = ASTSource(program, signature, constexprs=settings, attrs=attributes)
     return triton.compile(source, target=target, options=options)
 
 
 def shrink_settings(rank: int, num_rows: int, dtype: torch.dtype, *, has_other: bool):
-    tiles = launch.shrink_tiles(num_rows, E * K, rank, dtype)
-    block = launch.rank_block(rank)
+    tiles = sizes.shrink_tiles(num_rows, E * K, rank, dtype)
+    block = sizes.rank_block(rank)
     settings = {"E": E, "K": K, "R": rank, "SEGMENTS": 16, "HAS_OTHER": has_other}
-    return {**settings, "BLOCK_M": tiles.rows, "BLOCK_R": block, "BLOCK_D": tiles.columns}, tiles
+    return {**settings, "BLOCK_M": tiles.rows, "BLOCK_R": block, "BLOCK_C": block, "BLOCK_D": tiles.columns}, tiles
 
 
 def expand_settings(rank: int, num_rows: int, dtype: torch.dtype, *, has_source: bool):
-    tiles = launch.expand_tiles(num_rows, E, rank, dtype)
-    block = launch.expand_rank_block(rank, dtype)
+    tiles = sizes.expand_tiles(num_rows, E, rank, dtype)
+    block = sizes.expand_rank_block(rank, dtype)
     settings = {"E": E, "K": K, "R": rank, "SEGMENTS": 8, "HAS_WEIGHT": True, "HAS_SOURCE": has_source}
-    return {**settings, "BLOCK_M": tiles.rows, "BLOCK_W": tiles.columns, "BLOCK_R": block}, tiles
+    return {**settings, "BLOCK_M": tiles.rows, "BLOCK_W": tiles.columns, "BLOCK_R": block, "BLOCK_C": block}, tiles
 
 
 def gradient_settings(rank: int, dtype: torch.dtype):
-    tiles = launch.gradient_tiles(rank, dtype)
-    block = launch.rank_block(rank)
+    tiles = sizes.gradient_tiles(rank, dtype)
+    block = sizes.rank_block(rank)
     settings = {"E": E, "K": K, "R": rank, "SPLITS": 4, "HAS_WEIGHT": True}
     return {**settings, "BLOCK_R": block, "BLOCK_W": tiles.columns, "BLOCK_N": tiles.rows}, tiles
 
@@ -82,12 +87,34 @@ def specialisations(dtype: torch.dtype, *, is_thorough: bool):
     for rank in RANKS if is_thorough else (16, 128):
         for phase, num_rows in ROWS.items():
             for flag in (True, False) if is_thorough else (True,):
+                what = f"r{rank} {phase} {flag}"
                 settings, tiles = shrink_settings(rank, num_rows, dtype, has_other=flag)
-                yield f"shrink r{rank} {phase} {flag}", programs.shrink, settings, tiles, tiles.rows >= 64
+                yield f"shrink {what}", sorted_rows.shrink, settings, tiles, tiles.rows >= 64
                 settings, tiles = expand_settings(rank, num_rows // K, dtype, has_source=flag)
-                yield f"expand r{rank} {phase} {flag}", programs.expand, settings, tiles, tiles.rows >= 64
+                yield f"expand {what}", sorted_rows.expand, settings, tiles, tiles.rows >= 64
+                if rank < 128 and not is_thorough:
+                    continue
+                # all slots at once: tiles are those of a rank K times as wide
+                settings, tiles = shrink_settings(K * rank, num_rows, dtype, has_other=flag)
+                settings["R"] = rank
+                yield f"shrink_examples {what}", examples.shrink_examples, settings, tiles, tiles.rows >= 64
+                settings, tiles = expand_settings(K * rank, num_rows // K, dtype, has_source=flag)
+                settings["R"] = rank
+                yield f"expand_examples {what}", examples.expand_examples, settings, tiles, tiles.rows >= 64
         settings, tiles = gradient_settings(rank, dtype)
-        yield f"gradient r{rank}", programs.weight_gradient, settings, tiles, settings["BLOCK_R"] >= 64
+        wants_wgmma = settings["BLOCK_R"] >= 64
+        yield f"gradient r{rank}", sorted_rows.weight_gradient, settings, tiles, wants_wgmma
+        yield f"gradient_examples r{rank}", examples.weight_gradient_examples, settings, tiles, wants_wgmma
+    for rank in (4, 64):
+        tiles = sizes.Tiles(1, 1, pairs_launch.WARPS, 3)
+        shrink, expand = pairs_launch.shrink_settings(), pairs_launch.expand_settings(rank)
+        shape = {"K": K, "R": rank, "HAS_WEIGHT": True}
+        yield f"shrink_pairs r{rank}", pairs.shrink_pairs, shape | shrink, tiles, False
+        yield f"expand_pairs r{rank}", pairs.expand_pairs, shape | expand, tiles, False
+    for num_experts in (8, 256):
+        block_tokens, block_experts = sort_blocks(num_experts)
+        settings = {"K": K, "BLOCK_T": block_tokens, "BLOCK_E": block_experts}
+        yield f"sort e{num_experts}", sort.sort_by_expert, settings, sizes.Tiles(1, 1, SORT_WARPS, 3), False
 
 
 def stack_bytes(cubin: bytes, tmp_path: Path) -> int:
@@ -103,25 +130,25 @@ def stack_bytes(cubin: bytes, tmp_path: Path) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "dtype"),
+    ("name", "dtype", "is_thorough"),
     [
-        ("sm_90", torch.bfloat16),
-        ("sm_90", torch.float16),
-        ("sm_90", torch.float32),
-        ("sm_80", torch.bfloat16),
-        ("sm_100", torch.bfloat16),
-        ("gfx942", torch.bfloat16),
+        ("sm_90", torch.bfloat16, False),
+        ("sm_90", torch.float16, False),
+        ("sm_90", torch.float32, False),
+        ("sm_80", torch.bfloat16, False),
+        ("sm_100", torch.bfloat16, False),
+        ("gfx942", torch.bfloat16, False),
+        pytest.param("sm_90", torch.bfloat16, True, marks=pytest.mark.exhaustive),
     ],
-    ids=lambda value: str(value).removeprefix("torch."),
+    ids=lambda value: {True: "thorough", False: "typical"}.get(value, str(value).removeprefix("torch.")),
 )
-def test_no_spill_and_no_more_memory_than_there_is(name, dtype, tmp_path):
+def test_no_spill_and_no_more_memory_than_there_is(name, dtype, is_thorough, tmp_path):
     if name == "sm_100" and Version(triton.__version__) < Version("3.7"):
         pytest.skip(f"triton {triton.__version__} spills 8 bytes where newer ones do not")
     target, most_shared = TARGETS[name]
-    is_thorough = name == "sm_90" and dtype == torch.bfloat16
     problems = []
     for what, program, settings, tiles, wants_wgmma in specialisations(dtype, is_thorough=is_thorough):
-        stages = min(tiles.stages, launch.MAX_HIP_STAGES) if target.backend == "hip" else tiles.stages
+        stages = min(tiles.stages, sizes.MAX_HIP_STAGES) if target.backend == "hip" else tiles.stages
         kernel = compiled(program, dtype, target, settings, num_warps=tiles.warps, num_stages=stages)
         if kernel.metadata.shared > most_shared:
             problems.append(f"{what}: {kernel.metadata.shared} bytes of shared memory, {most_shared} are there")
@@ -136,5 +163,5 @@ def test_no_spill_and_no_more_memory_than_there_is(name, dtype, tmp_path):
 def test_a_spill_is_noticed(tmp_path):
     settings, _ = expand_settings(16, 8192, torch.float32, has_source=True)
     settings |= {"BLOCK_M": 64, "BLOCK_W": 128, "BLOCK_R": 32}
-    kernel = compiled(programs.expand, torch.float32, TARGETS["sm_90"][0], settings, num_warps=4, num_stages=2)
+    kernel = compiled(sorted_rows.expand, torch.float32, TARGETS["sm_90"][0], settings, num_warps=4, num_stages=2)
     assert stack_bytes(kernel.asm["cubin"], tmp_path) > 0

@@ -9,6 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from peft_moe.kernels import Case
+from peft_moe.kernels.backends import triton as backend
+from peft_moe.kernels.triton.paths import path_of
 
 
 pytest.importorskip("triton", reason="the interpreter is part of the package triton")
@@ -16,11 +21,42 @@ pytest.importorskip("triton", reason="the interpreter is part of the package tri
 HERE = Path(__file__).parent
 
 
+@pytest.mark.parametrize(
+    ("num_tokens", "tokens_per_example", "top_k", "rank", "path"),
+    [
+        (1, 1, 2, 16, "decode"),
+        (32, 1, 2, 64, "decode"),
+        (33, 1, 2, 16, "sorted"),  # more pairs
+        (32, 1, 2, 65, "sorted"),  # wider experts
+        (0, 1, 2, 4096, "decode"),
+        (64, 32, 1, 8, "decode"),
+        (64, 32, 2, 8, "examples"),
+        (64, 16, 2, 8, "examples"),
+        (60, 15, 2, 8, "sorted"),  # examples shorter than a tile
+        (512 * 16, 16, 2, 8, "examples"),
+        (513 * 16, 16, 2, 8, "sorted"),  # too many choices to walk through
+    ],
+)
+def test_the_shape_decides_about_the_path(num_tokens, tokens_per_example, top_k, rank, path):
+    assert path_of(num_tokens, tokens_per_example, top_k, rank) == path
+
+
+def test_the_backend_names_the_path(monkeypatch):
+    monkeypatch.setattr(backend, "is_interpreted", lambda: True)
+    facts = Case(1, 64, 64, 8, 16, 2, torch.float32, "cpu")
+    assert "'decode'" in backend.supports(facts)[1]
+    assert "'sorted'" in backend.supports(facts._replace(num_tokens=100))[1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("files", "least"),
-    [(["test_conformance.py", "-k", "triton"], 90), (["interpreted.py"], 29)],
-    ids=["conformance", "beyond"],
+    [
+        (["test_conformance.py", "-k", "triton"], 90),
+        (["interpreted.py", "-k", "not wrong"], 72),
+        (["interpreted.py", "-k", "wrong"], 32),
+    ],
+    ids=["conformance", "beyond", "mutations"],
 )
 def test_everything_in_the_interpreter(files, least):
     """In a process of its own: whether Triton interprets is settled when it is imported."""

@@ -1,17 +1,16 @@
-"""The programs that run on the GPU, each for one tile of work.
+"""The programs for tokens that are routed one by one.
 
 Rows are (slot, token) pairs sorted by slot, then by expert, so that the rows of slot k are k·T .. (k+1)·T - 1. A *segment*
 is the run of rows of one slot and one expert; `segment_end` says where each ends. A grid is as large as any routing can
 need, tiles beyond the last one return at once, and the host never waits for the device to learn the loads.
-
-Sums are kept in float32. `UPCAST` computes products of narrow operands in float32 too, for the interpreter, whose bfloat16
-products are wrong.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from .shared import narrow, product
 
 
 @triton.jit
@@ -41,25 +40,6 @@ def tile_of(
     start = tl.sum(tl.where(is_it, begin, 0), 0) + (tile - before) * BLOCK_M
     stop = tl.sum(tl.where(is_it, end, 0), 0)
     return segment, start, stop
-
-
-@triton.jit
-def product(left, right, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
-    """`left @ right` in float32."""
-    if UPCAST:
-        left = left.to(tl.float32)
-        right = right.to(tl.float32)
-    return tl.dot(left, right, input_precision=PRECISION)
-
-
-@triton.jit
-def narrow(values, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
-    """float32 as DTYPE, to the nearest; the interpreter cuts off the bits that bfloat16 lacks, hence the detour."""
-    if UPCAST:
-        bits = values.to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-        values = bits.to(tl.float32, bitcast=True)
-    return values.to(DTYPE)
 
 
 @triton.jit
@@ -116,12 +96,13 @@ def shrink(
 def expand(
     h,  # (N, R)
     w,  # (E, R, W)
-    weight,  # (T, K) float32, or nothing
+    weight,  # (B, K) float32, or nothing
     token_of_row,  # (N,)
     segment_end,  # (K·E,)
     source,  # (T, W), or nothing
     out,  # (T, W)
     num_tokens,
+    tokens_per_example,
     W,
     stride_source,
     scaling,
@@ -138,7 +119,7 @@ def expand(
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`out_t = source_t + scaling · w_tk · W_eᵀ h_n` for the rows n of one slot k, in each of which a token is once."""
+    """`out_t = source_t + scaling · w_bk · W_eᵀ h_n` for the rows n of one slot k, in each of which a token is once."""
     segment, start, stop = tile_of(segment_end, slot * E, slot * num_tokens, tl.program_id(0), E, SEGMENTS, BLOCK_M)
     if start >= stop:
         return
@@ -147,7 +128,7 @@ def expand(
     token = tl.load(token_of_row + rows, mask=is_row, other=0).to(tl.int64)
     factor = tl.zeros((BLOCK_M,), tl.float32) + scaling
     if HAS_WEIGHT:
-        factor = factor * tl.load(weight + token * K + slot, mask=is_row, other=0.0)
+        factor = factor * tl.load(weight + (token // tokens_per_example) * K + slot, mask=is_row, other=0.0)
     columns = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
     is_column = columns < W
     total = tl.zeros((BLOCK_M, BLOCK_W), tl.float32)
@@ -176,11 +157,12 @@ def expand(
 def weight_gradient(
     h,  # (N, R)
     y,  # (T, W)
-    weight,  # (T, K) float32, or nothing
+    weight,  # (B, K) float32, or nothing
     token_of_row,  # (N,)
     segment_end,  # (K·E,)
     out,  # (SPLITS, E, R, W) float32
     num_tokens,
+    tokens_per_example,
     W,
     stride_y,
     scaling,
@@ -195,7 +177,7 @@ def weight_gradient(
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`out_e = Σ_n scaling · w_tk · h_n y_tᵀ` over the rows n of expert e, every SPLITS-th block of them."""
+    """`out_e = Σ_n scaling · w_bk · h_n y_tᵀ` over the rows n of expert e, every SPLITS-th block of them."""
     expert = tl.program_id(0) // SPLITS
     split = tl.program_id(0) % SPLITS
     ranks = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -213,7 +195,7 @@ def weight_gradient(
             token = tl.load(token_of_row + rows, mask=is_row, other=0).to(tl.int64)
             factor = tl.zeros((BLOCK_N,), tl.float32) + scaling
             if HAS_WEIGHT:
-                factor = factor * tl.load(weight + token * K + slot, mask=is_row, other=0.0)
+                factor = factor * tl.load(weight + (token // tokens_per_example) * K + slot, mask=is_row, other=0.0)
             left = tl.load(
                 h + rows.to(tl.int64)[None, :] * R + ranks[:, None], mask=is_rank[:, None] & is_row[None, :], other=0.0
             )

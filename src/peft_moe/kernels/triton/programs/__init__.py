@@ -1,0 +1,1 @@
+"""The programs that run on the GPU, each for one tile of work."""
