@@ -10,17 +10,25 @@ BIN := $(VENV)/bin
 KEY := $(shell cat setup.py constraints.txt | cksum | cut -d' ' -f1)
 INSTALLED := $(VENV)/.installed-$(KEY)
 QUALITY_INSTALLED := $(VENV)/.quality-$(KEY)
+DOCS_INSTALLED := $(VENV)/.docs-$(KEY)
 SOURCES := src tests examples $(wildcard benchmarks) setup.py
 
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_EVALUATE_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 \
 	TOKENIZERS_PARALLELISM=false
 PYTEST := $(OFFLINE) OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest tests
+# the tests of others are all slow, and collecting them takes as long as running many of our own
+FAST := -m "not gpu and not slow" -n $(WORKERS) --dist loadgroup --ignore=tests/conformance/peft --ignore=tests/upstream
+
+# another interpreter for machines where nothing can be installed: make bench-gpu GPU_PYTHON=python3 RESULTS=/some/folder
+GPU_PYTHON ?= $(BIN)/python
+RESULTS ?= benchmarks/results
+BENCH_GPU := PYTHONPATH=src $(OFFLINE) timeout 590 $(GPU_PYTHON)
 
 .DEFAULT_GOAL := help
-.PHONY: help install assets test-assets demo test test-all test-fast test-slow test-gpu test-floor bench quality style build clean
+.PHONY: help install assets test-assets demo test test-all test-fast test-slow test-gpu test-floor conformance test-versions errors coverage bench bench-gpu bench-gpu-models docs quality style build clean
 
 help:  ## list the targets
-	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 install: $(INSTALLED)  ## create .venv/ and install the package for development
 
@@ -36,9 +44,9 @@ $(INSTALLED): | $(BIN)/python
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 
-$(QUALITY_INSTALLED): $(INSTALLED)
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[quality]'
-	@rm -f $(VENV)/.quality-*
+$(QUALITY_INSTALLED) $(DOCS_INSTALLED): $(VENV)/.%-$(KEY): $(INSTALLED)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	@rm -f $(VENV)/.$*-*
 	@touch $@
 
 assets: $(INSTALLED)  ## fetch the pretrained model of the demo into a cache outside the checkout
@@ -48,18 +56,19 @@ test-assets: assets
 	@$(BIN)/python examples/pretrained.py minilm
 	@$(BIN)/python examples/moe_llava/data.py
 	@$(BIN)/python tests/upstream/fetch.py
+	@$(BIN)/python tests/distributed/fetch_deepspeed.py
 
 demo: assets  ## fine-tune a pretrained language model with MoLE, reload it, plot its experts
 	@$(OFFLINE) $(BIN)/python examples/mole/demo.py
 
 test: test-assets  ## the tests that need no GPU, in less than 20 minutes on two cores
-	@$(PYTEST) -m "not gpu and not exhaustive" -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
+	@$(PYTEST) -m "not gpu and not exhaustive" -n $(WORKERS) --dist loadgroup --error-table=check $(PYTEST_ARGS)
 
 test-all: test-assets  ## every test that needs no GPU
 	@$(PYTEST) -m "not gpu" -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
 test-fast: $(INSTALLED)  ## the tests that take no more than a few seconds each
-	@$(PYTEST) -m "not gpu and not slow" -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
+	@$(PYTEST) $(FAST) $(PYTEST_ARGS)
 
 test-slow: test-assets  ## only the slow tests
 	@$(PYTEST) -m "slow and not gpu" -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
@@ -70,8 +79,31 @@ test-gpu: test-assets  ## the tests that need a CUDA device
 test-floor:  ## the fast tests on the oldest supported versions, in .venv-floor/
 	@$(MAKE) --no-print-directory test-fast VENV=.venv-floor PINS="$$($(PYTHON) tests/floors.py)"
 
+conformance: test-assets  ## PEFT's own tests over our tuners, LoRA beside them: one table
+	@$(PYTEST)/conformance/peft -m "not gpu" -n $(WORKERS) --dist loadgroup -q -rfE $(PYTEST_ARGS)
+
+test-versions:  ## tests/versions.py: the oldest and the newest versions, and Python 3.10 to 3.13
+	@$(PYTHON) tests/versions.py
+
+errors: $(INSTALLED)  ## write docs/reference/errors.md from what the fast tests see
+	@$(PYTEST) $(FAST) --error-table=write $(PYTEST_ARGS)
+
+coverage: test-assets  ## the tests of `make test`, with the share of src/ that they run
+	@$(PYTEST) -m "not gpu and not exhaustive" -n $(WORKERS) --dist loadgroup --cov --cov-report=term:skip-covered $(PYTEST_ARGS)
+
 bench: $(INSTALLED)  ## compare the kernel backends with plain LoRA and write the table
 	@$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python benchmarks/lora_experts.py --name cpu_fp32
+
+bench-gpu: $(if $(findstring $(VENV),$(GPU_PYTHON)),$(INSTALLED))  ## compare the kernel backends on a CUDA device, in less than ten minutes
+	@$(BENCH_GPU) benchmarks/lora_experts.py --device cuda --name cuda_lora_experts --total_seconds 450 --results $(RESULTS)
+
+bench-gpu-models: $(if $(findstring $(VENV),$(GPU_PYTHON)),$(INSTALLED))  ## FFN experts and training steps of whole models on a CUDA device
+	@$(BENCH_GPU) benchmarks/ffn_experts.py --device cuda --name cuda_ffn_experts --total_seconds 160 --results $(RESULTS)
+	@$(BENCH_GPU) benchmarks/whole_model.py --device cuda --optimizer --name cuda_whole_model --total_seconds 100 --results $(RESULTS)
+	@$(BENCH_GPU) benchmarks/whole_model.py --device cuda --optimizer --method mocle --name cuda_whole_model_mocle --total_seconds 100 --results $(RESULTS)
+
+docs: $(DOCS_INSTALLED)  ## the pages of docs/ as a site, in site/
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 quality: $(QUALITY_INSTALLED)  ## lint, format check and types
 	@$(BIN)/ruff check $(SOURCES)

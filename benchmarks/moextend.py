@@ -15,28 +15,24 @@ model, gradients and optimizer among them, one process per contender. Writes `be
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from ffn_experts import interleaved
-from lora_experts import hardware, iqr, versions
+from environment import command, hardware, versions
 from peft import LoraConfig, get_peft_model
+from process_memory import mib_of
+from result_file import add_arguments, settings, write
+from timing import CpuClock, interleaved, iqrs, medians
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
-from whole_model import mib_of
 
 from peft_moe import MoExtendConfig
 
 
-RESULTS = Path(__file__).parent / "results"
 INFERENCE = ("base", "base again", "moextend")
 TRAINING = ("full", "lora", "moextend, half", "moextend, all layers")
 VOCABULARY = 8192
@@ -127,7 +123,7 @@ def inference_times(options: argparse.Namespace) -> dict[str, dict[str, list[flo
         for name, run in runs.items():
             if not torch.allclose(run().float(), expected.float(), rtol=1e-4, atol=1e-5):
                 sys.exit(f"{name} differs from the base model in {what}: no time is worth printing.")
-        found[what] = interleaved(runs, options.rounds)
+        found[what] = interleaved(runs, CpuClock(), options.rounds)
     found["decode"] = {name: [ms / NUM_NEW_TOKENS for ms in times] for name, times in found["decode"].items()}
     return found
 
@@ -135,7 +131,7 @@ def inference_times(options: argparse.Namespace) -> dict[str, dict[str, list[flo
 def training_times(options: argparse.Namespace) -> dict[str, list[float]]:
     """Milliseconds of a training step."""
     runs = {name: training_step(build(name, options), options) for name in TRAINING}
-    return interleaved(runs, options.rounds)
+    return interleaved(runs, CpuClock(), options.rounds)
 
 
 def memories(options: argparse.Namespace) -> dict[str, float]:
@@ -176,7 +172,7 @@ def print_table(result: dict[str, Any]) -> None:
 def main() -> None:
     """Measure, write, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--name", default="cpu_moextend", help="name of the result file")
+    add_arguments(parser, "cpu_moextend")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--batch_size", type=int, default=4)
@@ -191,22 +187,21 @@ def main() -> None:
     times = {**inference_times(options), "step": training_times(options)}
     result = {
         "benchmark": "moextend",
-        "command": "python benchmarks/moextend.py " + " ".join(sys.argv[1:]),
+        "command": command(),
         "dtype": "float32",
         "threads": 1,
-        "clock": "time.thread_time",
+        "clock": CpuClock.description,
         "rounds": options.rounds,
-        "settings": {key: value for key, value in vars(options).items() if key != "memory_of"},
+        "settings": settings(options, "memory_of"),
         "hardware": hardware(),
-        "versions": {**versions(), "transformers": transformers.__version__},
+        "versions": versions(),
         "target": TARGET,
         "trainable_parameters": trainable(options),
-        "median": {what: {n: statistics.median(ms) for n, ms in cells.items()} for what, cells in times.items()},
-        "iqr": {what: {n: iqr(ms) for n, ms in cells.items()} for what, cells in times.items()},
+        "median": {what: medians(cells) for what, cells in times.items()},
+        "iqr": {what: iqrs(cells) for what, cells in times.items()},
     }
     result["median"]["memory"] = memories(options)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{options.name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    write(result, options)
     print_table(result)
 
 

@@ -2,35 +2,36 @@
 
     python benchmarks/whole_model.py --name cpu_whole_model
     python benchmarks/whole_model.py --method mocle --name cpu_whole_model_mocle
+    python benchmarks/whole_model.py --device cuda --name cuda_whole_model
 
 LoRA has the rank of one expert of MoLE; for MoCLE the rank that is active for an example, expert and universal expert.
+A step is forward and backward, with `--optimizer` that of AdamW too.
 
-Each contender runs in a process of its own for the memory figure, and interleaved with the others in one process for the
-times; medians of CPU time of one thread. Writes `benchmarks/results/<name>.json` and prints the table.
+Contenders are interleaved in one process for the times; medians, by the clocks of `timing.py`. The memory figure is what a
+step needs beyond the loaded model: on a CPU in a process of its own, on CUDA as the allocator counts it.
+`benchmarks/results/<name>.json` is written after each part; the table comes last.
 """
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-import transformers
+from environment import command, hardware, state, versions
 from peft import LoraConfig, get_peft_model
+from process_memory import mib_of
+from result_file import add_arguments, settings, write
+from timing import clock_of, interleaved
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-import peft_moe
 from peft_moe import MoCLEConfig, MoLEConfig
 
 
-RESULTS = Path(__file__).parent / "results"
 LLAMA_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 EXPERTS = {"num_experts": 4, "r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "task_type": "CAUSAL_LM"}
 PLAIN = {"lora_dropout": 0.05, "task_type": "CAUSAL_LM"}
@@ -49,171 +50,234 @@ METHODS: dict[str, dict[str, Callable[[], Any]]] = {
 }
 CONTENDERS = sorted({name for contenders in METHODS.values() for name in contenders})
 TARGETS = {"step": 1.10, "decode": 1.15, "memory": 1.10}
+UNITS = {"step": "s", "decode": "s/token", "memory": "MiB"}
+NUM_NEW_TOKENS = 16
+
+# shapes of SmolLM2-135M, Llama-3.2-1B and Llama-3.2-3B
+SIZES = {
+    "smollm2_135m": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+    },
+    "llama_1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+    "llama_3b": {
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+    "tiny": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "vocab_size": 64,
+    },
+}
+
+
+def parse() -> argparse.Namespace:
+    """Options; those that depend on the device are filled in."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser, "cpu_whole_model")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on CUDA, else float32")
+    parser.add_argument("--method", choices=METHODS, default="mole")
+    parser.add_argument("--model", default=None, help="a model folder; default: random weights")
+    parser.add_argument("--size", choices=SIZES, help="of random weights; default: smollm2_135m, on CUDA llama_1b")
+    parser.add_argument("--layers", type=int, default=None, help="fewer layers, for a quick look")
+    parser.add_argument("--quick", action="store_true", help="a tiny model: whether everything runs")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--num_tokens", type=int, help="of each row; default 256, on CUDA 1024")
+    parser.add_argument("--optimizer", action="store_true", help="a step includes one of AdamW")
+    parser.add_argument("--cells", nargs="+", choices=TARGETS, default=list(TARGETS), help="what to measure")
+    parser.add_argument("--total_seconds", type=float, default=float("inf"), help="no part begins after that")
+    parser.add_argument("--memory_of", choices=CONTENDERS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    on_cuda = options.device == "cuda"
+    options.dtype = options.dtype or ("bfloat16" if on_cuda else "float32")
+    options.size = options.size or ("tiny" if options.quick else "llama_1b" if on_cuda else "smollm2_135m")
+    options.num_tokens = options.num_tokens or (1024 if on_cuda else 16 if options.quick else 256)
+    return options
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--name", default="cpu_whole_model")
-    parser.add_argument("--method", choices=METHODS, default="mole")
-    parser.add_argument(
-        "--model", default=None, help="a model folder; default: random weights in SmolLM2-135M's shape"
-    )
-    parser.add_argument("--layers", type=int, default=None, help="fewer layers, for a quick look")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--num_tokens", type=int, default=256)
-    parser.add_argument("--cells", nargs="+", choices=TARGETS, default=list(TARGETS), help="what to measure")
-    parser.add_argument("--memory_of", choices=CONTENDERS, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    """Measure part after part, write, print the table."""
+    options = parse()
     torch.set_num_threads(1)
     if options.memory_of:
         print(json.dumps(peak_memory(options.memory_of, options)))
         return
     measures = {"step": step_times, "decode": decode_times, "memory": memories}
-    found = {what: measures[what](options) for what in options.cells}
-    result = {
-        "command": " ".join(["python", *sys.argv]),
-        "hardware": {"machine": platform.machine(), "processor": cpu_name(), "threads": 1},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "peft": peft.__version__,
-            "peft_moe": peft_moe.__version__,
-        },
-        "settings": {key: value for key, value in vars(options).items() if key != "memory_of"},
+    result: dict[str, Any] = {
+        "benchmark": "whole_model",
+        "command": command(),
+        "dtype": options.dtype,
+        "threads": 1,
+        "hardware": hardware(options.device),
+        "state": state(options.device),
+        "versions": versions(),
+        "settings": settings(options, "memory_of", "total_seconds"),
         "targets": TARGETS,
-        "cells": found,
+        "cells": {},
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{options.name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    print_table(found)
+    started = time.monotonic()
+    for what in options.cells:
+        if time.monotonic() - started > options.total_seconds:
+            result.setdefault("not_reached", []).append(what)
+            continue
+        result["cells"][what] = measures[what](options)
+        if what == "step":
+            result["tokens_per_s"] = {
+                name: options.batch_size * options.num_tokens / statistics.median(seconds)
+                for name, seconds in result["cells"][what].items()
+            }
+        write(result, options)
+    write(result, options)
+    print_table(result)
 
 
 def build(contender: str, options: argparse.Namespace) -> Any:
+    """The model of a contender, on its device; always the same base weights."""
     torch.manual_seed(0)
+    dtype = getattr(torch, options.dtype)
     if options.model:
-        base = AutoModelForCausalLM.from_pretrained(options.model, dtype="float32")
+        base = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).to(options.device)
     else:
-        base = LlamaForCausalLM(
-            LlamaConfig(
-                hidden_size=576,
-                intermediate_size=1536,
-                num_hidden_layers=options.layers or 30,
-                num_attention_heads=9,
-                num_key_value_heads=3,
-                vocab_size=49152,
-                tie_word_embeddings=True,
-            )
-        )
+        size = {**SIZES[options.size], "tie_word_embeddings": True}
+        if options.layers:
+            size["num_hidden_layers"] = options.layers
+        with torch.device(options.device):
+            base = LlamaForCausalLM(LlamaConfig(**size))
+        base = base.to(dtype)
     return get_peft_model(base, METHODS[options.method][contender]())
 
 
+def build_all(options: argparse.Namespace) -> dict[str, Any]:
+    """The models of all contenders."""
+    return {name: build(name, options) for name in METHODS[options.method]}
+
+
+def random_tokens(options: argparse.Namespace, num_rows: int, num_tokens: int) -> torch.Tensor:
+    """`(num_rows, num_tokens)`; below 49152, the vocabulary of the models that this benchmark began with."""
+    return torch.randint(0, min(49152, SIZES[options.size]["vocab_size"]), (num_rows, num_tokens)).to(options.device)
+
+
 def batch(options: argparse.Namespace) -> dict[str, torch.Tensor]:
-    tokens = torch.randint(0, 49152, (options.batch_size, options.num_tokens))
+    """Inputs of a training step."""
+    tokens = random_tokens(options, options.batch_size, options.num_tokens)
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
     return {**inputs, **routing(options, options.batch_size)}
 
 
 def routing(options: argparse.Namespace, batch_size: int) -> dict[str, torch.Tensor]:
     """What the routers need beside the tokens; plain LoRA ignores it."""
-    return {"cluster_ids": torch.arange(batch_size)} if options.method == "mocle" else {}
+    return {"cluster_ids": torch.arange(batch_size, device=options.device)} if options.method == "mocle" else {}
 
 
-def train_step(model: Any, inputs: dict[str, torch.Tensor]) -> None:
-    model.train()
-    model(**inputs).loss.backward()
-    model.zero_grad()
+def train_step(model: Any, options: argparse.Namespace) -> Callable[[], None]:
+    """Forward and backward, and the optimizer's step if it is asked for."""
+    inputs = batch(options)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5) if options.optimizer else None
+
+    def run() -> None:
+        model.train()
+        model(**inputs).loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+        model.zero_grad()
+
+    return run
 
 
 def step_times(options: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of forward and backward, one value per round."""
-    inputs = batch(options)
-    models = {name: build(name, options) for name in METHODS[options.method]}
-    return interleave(models, lambda m: train_step(m, inputs), options.rounds)
+    """Seconds of a training step, one value per round."""
+    runs = {name: train_step(model, options) for name, model in build_all(options).items()}
+    return seconds(interleaved(runs, clock_of(options.device), options.rounds))
 
 
-def decode_times(options: argparse.Namespace, num_new_tokens: int = 16) -> dict[str, list[float]]:
+def decode_times(options: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds per token of greedy decoding with a key-value cache, after a prompt of 16 tokens."""
-    prompt = torch.randint(0, 49152, (1, 16))
+    prompt = random_tokens(options, 1, 16)
 
-    def decode(model: Any) -> None:
-        model.eval()
-        model.generate(
-            input_ids=prompt,
-            min_new_tokens=num_new_tokens,
-            max_new_tokens=num_new_tokens,
-            do_sample=False,
-            pad_token_id=0,
-            **({} if isinstance(model.active_peft_config, LoraConfig) else routing(options, 1)),
-        )
+    def decode(model: Any) -> Callable[[], None]:
+        extra = {} if isinstance(model.active_peft_config, LoraConfig) else routing(options, 1)
+        length = {"min_new_tokens": NUM_NEW_TOKENS, "max_new_tokens": NUM_NEW_TOKENS}
 
-    models = {name: build(name, options) for name in METHODS[options.method]}
-    times = interleave(models, decode, options.rounds)
-    return {name: [seconds / num_new_tokens for seconds in found] for name, found in times.items()}
+        def run() -> None:
+            model.eval()
+            model.generate(input_ids=prompt, do_sample=False, pad_token_id=0, **length, **extra)
+
+        return run
+
+    runs = {name: decode(model) for name, model in build_all(options).items()}
+    times = interleaved(runs, clock_of(options.device), options.rounds)
+    return {name: [value / NUM_NEW_TOKENS for value in found] for name, found in seconds(times).items()}
 
 
-def interleave(models: dict[str, Any], run: Any, rounds: int) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for round_ in range(rounds + 1):
-        for name, model in models.items():
-            start = time.thread_time()
-            run(model)
-            if round_:
-                times[name].append(time.thread_time() - start)
-    return times
+def seconds(times_ms: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Milliseconds → seconds."""
+    return {name: [value / 1e3 for value in values] for name, values in times_ms.items()}
 
 
 def memories(options: argparse.Namespace) -> dict[str, list[float]]:
-    """MiB that a training step needs beyond the loaded model, one process per contender."""
-    found = {}
-    for name in METHODS[options.method]:
-        command = [sys.executable, __file__, "--memory_of", name, "--method", options.method]
-        command += ["--batch_size", str(options.batch_size)]
-        command += ["--num_tokens", str(options.num_tokens)]
-        command += ["--model", options.model] if options.model else []
-        command += ["--layers", str(options.layers)] if options.layers else []
-        found[name] = [
-            json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-        ]
-    return found
+    """MiB that a training step needs beyond the loaded model."""
+    measured = peak_memory if options.device == "cuda" else peak_memory_of_a_process
+    return {name: [measured(name, options)] for name in METHODS[options.method]}
+
+
+def peak_memory_of_a_process(contender: str, options: argparse.Namespace) -> float:
+    """[`peak_memory`] in a process of its own."""
+    passed = ("method", "batch_size", "num_tokens", "model", "size", "layers", "dtype")
+    command = [sys.executable, __file__, "--memory_of", contender, *(["--optimizer"] if options.optimizer else [])]
+    for name in passed:
+        if getattr(options, name) is not None:
+            command += [f"--{name}", str(getattr(options, name))]
+    found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return float(json.loads(found.split()[-1]))
 
 
 def peak_memory(contender: str, options: argparse.Namespace) -> float:
-    model, inputs = build(contender, options), batch(options)
-    return mib_of(lambda: train_step(model, inputs))
+    """Of this process; on CUDA of a second step, when the optimizer has its state."""
+    run = train_step(build(contender, options), options)
+    if options.device == "cpu":
+        return mib_of(run)
+    run()
+    return clock_of(options.device).peak_mib(run)
 
 
-def mib_of(run: Callable[[], object]) -> float:
-    """The most that this process holds while `run` runs twice, beyond what it holds now."""
-    # the peak begins anew; ru_maxrss would hold that of building, and that of the process which started this one
-    Path("/proc/self/clear_refs").write_text("5")
-    before = status_mib("VmRSS")
-    for _ in range(2):
-        run()
-    return status_mib("VmHWM") - before
-
-
-def status_mib(field: str) -> float:
-    """What Linux says about this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 2**10
-
-
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
-def print_table(found: dict[str, dict[str, list[float]]]) -> None:
-    units = {"step": "s", "decode": "s/token", "memory": "MiB"}
+def print_table(result: dict[str, Any]) -> None:
+    """Medians, and ratios to LoRA."""
+    found = result["cells"]
+    for what in result.get("not_reached", []):
+        print(f"not reached: {what}")
+    if not found:
+        return
     print(f"{'':<10}{'':<8}" + "".join(f"{name:>22}" for name in next(iter(found.values()))) + f"{'target':>9}")
     for what, cells in found.items():
         lora = statistics.median(cells["lora"])
         row = "".join(
             f"{statistics.median(cells[name]):>14.3f} ({statistics.median(cells[name]) / lora:.2f}x)" for name in cells
         )
-        print(f"{what:<10}{units[what]:<8}{row}{TARGETS[what]:>8.2f}x")
+        print(f"{what:<10}{UNITS[what]:<8}{row}{TARGETS[what]:>8.2f}x")
+    if "tokens_per_s" in result:
+        print(f"{'step':<10}{'tok/s':<8}" + "".join(f"{value:>22.0f}" for value in result["tokens_per_s"].values()))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from .backend import Backend, Run
 from .case import Case
 from .plan import DispatchPlan, per_token
 from .registry import BACKENDS
-from .selection import choose, decide, forced_backend
+from .selection import backend_of, decide, forced_backend
 from .validation import check_arguments
 
 
@@ -45,7 +45,8 @@ def lora_experts(
             LoRA's alpha / r.
         backend (`str`):
             `"auto"` or the name of a backend. A named backend that cannot run raises. The environment variable
-            `PEFT_MOE_KERNEL_BACKEND` replaces `"auto"`.
+            `PEFT_MOE_KERNEL_BACKEND` replaces `"auto"`; `PEFT_MOE_KERNEL_CACHE` names a file in which `"auto"` keeps what
+            it measured.
         inplace (`bool`):
             Write the result into `base_out`, which saves a fresh buffer of its size. Only for a `base_out` that
             nobody else needs: fresh from the layer, not a leaf that requires a gradient, not a view, not kept by a
@@ -104,4 +105,4 @@ def backend_for(requested: str, case: Case) -> Backend:
     """The backend of a call; without cache and log where a compiler traces, as it would trace those too."""
     if torch.compiler.is_compiling():
         return BACKENDS[decide(requested, forced_backend(), case, is_compiling=True).backend]
-    return choose(requested, forced_backend(), case)
+    return backend_of(requested, case)

@@ -1,7 +1,7 @@
 """The rule behind `backend="auto"`, as data: the first row that fits a case, and whose backend can run it, decides.
 
 The rows for the CPU are fitted by `benchmarks/fit_auto_rule.py` to `benchmarks/results/cpu_fp32.json`. Those for other
-devices follow from a model of FLOPs and bytes and say so.
+devices follow from a model of FLOPs and bytes and say so, until the script has a result file of such a device to fit.
 """
 
 from __future__ import annotations

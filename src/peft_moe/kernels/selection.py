@@ -1,4 +1,4 @@
-"""Chooses the backend of a call: the one that was named, the one that the environment names, or by the measured rule."""
+"""Chooses the backend of a call: the one that was named, the one that the environment names, or by measurement or rule."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from . import measured
 from .auto_rule import COMPILED_RULE, RULE
 from .backend import Backend, unknown_backend_message
 from .case import Case
@@ -68,6 +69,31 @@ def by_rule(case: Case, *, is_compiling: bool = False) -> Choice:
     return Choice("eager", "no row of the rule fits", case)
 
 
+def measured_choice(case: Case, forced: str, *, may_measure: bool) -> Choice | None:
+    """What the file of measurements says, where the environment names one and nothing else decides.
+
+    `may_measure` fills a gap in the file where that is possible.
+    """
+    file = measured.cache_file()
+    if file is None or forced not in ("", "auto") or not case.is_dispatched or case.num_tokens == 0:
+        return None
+    key = measured.key_of(case, shape_class(case))
+    able = runnable(case)
+    # the definition of the op is no candidate, unless nothing else runs
+    candidates = [name for name in able if name != "eager"] or able
+    found = measured.find(file, key, case, candidates) if may_measure else measured.look_up(file, key)
+    return Choice(found.backend, found.because(), case) if found is not None and found.backend in able else None
+
+
+def backend_of(requested: str, case: Case) -> Backend:
+    """The backend of a call that no compiler traces. Logs the choice of `auto` once per shape class."""
+    forced = forced_backend()
+    if requested == "auto" and (choice := measured_choice(case, forced, may_measure=True)) is not None:
+        log_once(choice.backend, choice.because, shape_class(case))
+        return BACKENDS[choice.backend]
+    return choose(requested, forced, case)
+
+
 @lru_cache(maxsize=4096)
 def choose(requested: str, forced: str, case: Case) -> Backend:
     """The backend for `case`; `forced` is the value of the environment variable. Logs once per shape class."""
@@ -86,6 +112,7 @@ def decide(requested: str, forced: str, case: Case, *, is_compiling: bool = Fals
     return by_rule(case, is_compiling=is_compiling)
 
 
+@lru_cache(maxsize=4096)
 def shape_class(case: Case) -> str:
     """The case with its number of tokens rounded up to a power of two."""
     tokens = 0 if case.num_tokens == 0 else 1 << (case.num_tokens - 1).bit_length()
@@ -149,4 +176,6 @@ def explain(
     case = Case(
         num_tokens, in_features, out_features, num_experts, rank, top_k, dtype, device_type, tokens_per_example
     )
-    return decide(backend, forced_backend(), case)
+    forced = forced_backend()
+    found = measured_choice(case, forced, may_measure=False) if backend == "auto" else None
+    return found or decide(backend, forced, case)
