@@ -22,10 +22,12 @@ LADDER = [
     ["_version", "versions", "routing", "kernels", "model_output"],
     ["losses"],
     ["recording"],
-    ["aux_gradient", "pretrained_moe"],
+    ["all_processes", "pretrained_moe"],
+    ["aux_gradient"],
     ["aux_loss"],
     ["tuners", "models"],
     ["monitoring", "metrics", "optimization", "env_report"],
+    ["checkpoints"],
 ]
 FLOOR = {part: floor for floor, parts in enumerate(LADDER) for part in parts}
 

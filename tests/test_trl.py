@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from test_aux_loss import COEF, assert_same, build, expected_gradient, gradients, label_share
+from aux_by_hand import COEF, assert_same, build, expected_gradient, gradients, label_share
 from tiny_models import tiny_tokenizer, token_batch
 
 

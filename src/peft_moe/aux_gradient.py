@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
+from .all_processes import num_processes, with_other_processes
 from .losses import RoutingStatistics, routing_statistics
 from .recording import ForwardPass
 
@@ -41,8 +41,7 @@ class PassWeight:
         if name == "log_probs":
             return _scale_of_negative_log_likelihood(gradient, self.label_mask)
         if name == "logits" and self.num_items is not None:
-            num_processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-            return gradient.ne(0).any(dim=-1).sum() * num_processes / self.num_items
+            return gradient.ne(0).any(dim=-1).sum() * num_processes() / self.num_items
         return 1.0
 
 
@@ -116,8 +115,9 @@ class GradientSource:
         }
         inputs = [t for entry in leaves.values() for t in (entry.probability_sums, entry.squared_logsumexp_sums)]
         with torch.enable_grad():
+            statistics = with_other_processes(self.forward_pass, self.adapter_name, leaves)
             gradients = torch.autograd.grad(
-                self.function(list(leaves.values())), inputs, allow_unused=True, materialize_grads=True
+                self.function(statistics), inputs, allow_unused=True, materialize_grads=True
             )
         pairs = zip(gradients[::2], gradients[1::2], strict=True)
         return {

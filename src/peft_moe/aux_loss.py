@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .all_processes import exchange, num_processes, with_other_processes
 from .aux_gradient import (
     AttachAuxLoss,
     AuxLossFunction,
@@ -63,6 +64,8 @@ class AuxLoss:
 
     def __init__(self, recorder: RoutingRecorder, *, shifts_labels: bool) -> None:
         self.functions: dict[str, AuxLossFunction] = {}
+        self.global_adapters: set[str] = set()
+        """those whose loss is over the tokens of all processes"""
         self.default_scale: float | torch.Tensor | None = None
         self.shifts_labels = shifts_labels
         recorder.output_hooks.append(self)
@@ -71,8 +74,11 @@ class AuxLoss:
         """Arrange that backward learns the weight of this pass; under `torch.compile`, add to the loss instead."""
         if not forward_pass.has_gradient or not (forward_pass.records.keys() & self.functions.keys()):
             return output
+        label_share = self._label_share(forward_pass)
+        if num_processes() > 1 and (names := sorted(forward_pass.records.keys() & self.global_adapters)):
+            label_share = exchange(forward_pass, names, label_share)
         weight = PassWeight(
-            label_share=self._label_share(forward_pass),
+            label_share=label_share,
             label_mask=output.get("label_mask") if isinstance(output, dict) else None,
             num_items=forward_pass.inputs.get("num_items_in_batch"),
             stated=self.default_scale,
@@ -116,10 +122,24 @@ class AuxLoss:
         source = GradientSource(self.functions[adapter_name], forward_pass, adapter_name, record_name)
         return InjectAuxLoss.apply(hidden_states, router_logits, top_k_index, mask, source)  # type: ignore[no-any-return]
 
-    def total(self, statistics: dict[str, dict[str, RoutingStatistics]]) -> torch.Tensor | None:
+    def add(self, adapter_name: str, function: AuxLossFunction, *, is_global: bool = False) -> None:
+        """Give an adapter an auxiliary loss, over the tokens of all processes or of each by itself."""
+        self.remove(adapter_name)
+        self.functions[adapter_name] = function
+        if is_global:
+            self.global_adapters.add(adapter_name)
+
+    def remove(self, adapter_name: str) -> None:
+        """Take the auxiliary loss of an adapter away, if it has one."""
+        self.functions.pop(adapter_name, None)
+        self.global_adapters.discard(adapter_name)
+
+    def total(
+        self, forward_pass: ForwardPass, statistics: dict[str, dict[str, RoutingStatistics]]
+    ) -> torch.Tensor | None:
         """Sum of the weighted auxiliary losses over adapters, a scalar, or `None` if no adapter has one."""
         losses = [
-            self.functions[name](list(by_router.values()))
+            self.functions[name](with_other_processes(forward_pass, name, by_router))
             for name, by_router in statistics.items()
             if name in self.functions
         ]
@@ -138,7 +158,7 @@ class AuxLoss:
 
     def _attach(self, recorder: RoutingRecorder, forward_pass: ForwardPass, output: Any, weight: PassWeight) -> Any:
         """What a compiled graph can hold instead of hooks: the auxiliary loss hangs on one of the outputs."""
-        total = self.total(recorder.live_statistics())
+        total = self.total(forward_pass, recorder.live_statistics())
         outputs = dict(differentiable_outputs(output))
         name = next((name for name in ("log_probs", "loss", "logits", *outputs) if name in outputs), None)
         if total is None or name is None:
@@ -221,9 +241,9 @@ def get_aux_loss(model: nn.Module) -> torch.Tensor:
             "Call `model.train()` and `model(...)` first."
         )
     if not torch.is_grad_enabled():
-        total = aux_loss.total(forward_pass.records)
+        total = aux_loss.total(forward_pass, forward_pass.records)
         return torch.zeros(()) if total is None else total.detach()
-    total = aux_loss.total(recorder.live_statistics())
+    total = aux_loss.total(forward_pass, recorder.live_statistics())
     if total is None:
         raise RuntimeError(
             "The auxiliary loss of the last forward pass has no graph: either its backward has begun already, or "

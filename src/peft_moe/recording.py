@@ -51,6 +51,8 @@ class AuxLossState:
         """whether a router ran in a compiled graph, where nothing can be injected"""
         self.gradients: dict[str, dict[str, RoutingStatistics]] = {}
         """gradient of the auxiliary loss with respect to the statistics of each router, filled once"""
+        self.elsewhere: dict[str, dict[str, RoutingStatistics]] = {}
+        """what the other processes recorded, `(1, E)`, for adapters whose loss is over all of them"""
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,8 @@ class ForwardPass:
     Holds no tensor with a graph, so that the graph may hold it. Dictionaries go adapter name → router name → value.
 
     Args:
-        inputs (`dict[str, Any]`):
-            Arguments of the call, by name; `batch_shape`, examples and tokens of the call; and of a key-value cache
-            `num_cached_tokens` and `cache_notes` as they were when the pass began.
+        inputs (`dict[str, Any]`): arguments of the call, by name; `batch_shape`, examples and tokens of the call; and of a
+            key-value cache `num_cached_tokens` and `cache_notes` as they were when the pass began.
         has_gradient (`bool`): whether gradients were enabled when it began.
     """
 
@@ -264,9 +265,8 @@ class RoutingRecorder:
 
     def needs_record(self, *, is_training: bool) -> bool:
         """Whether a router that runs now has to call [`record`]: generation and evaluation stay free of cost."""
-        if self.current is None:
-            return False
-        return bool(self.listeners) or (is_training and self.current.has_gradient)
+        has_gradient = self.current is not None and self.current.has_gradient
+        return self.current is not None and (bool(self.listeners) or (is_training and has_gradient))
 
     def record(
         self,

@@ -2,41 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launching import launch
 
 
 pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).parent / "train_ddp.py"
-
-
-def launch(script, folder, num_processes, *arguments):
-    folder.mkdir()
-    tests = str(script.parent.parent)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([tests, *sys.path])}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(num_processes), "--master_port=0",
-               "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"] if num_processes > 1 else [sys.executable]  # fmt: skip
-    # judged by the files that the ranks write: gloo sometimes aborts after everything is done
-    result = subprocess.run(
-        [*command, str(script), str(folder), *map(str, arguments)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    found = []
-    for rank in range(num_processes):
-        report = folder / f"rank{rank}.json"
-        assert report.exists(), result.stderr[-3000:]
-        found.append({**json.loads(report.read_text()), **torch.load(folder / f"rank{rank}.pt")})
-        assert found[-1]["world_size"] == num_processes
-    return found
 
 
 def run(folder, num_processes, *, coef=0.5, checkpointing="none", find_unused="default", accumulation=1):
@@ -53,7 +27,12 @@ def run_moextend(folder, num_processes, *, checkpointing, coef=0.5, find_unused=
     return launch(script, folder, num_processes, coef, checkpointing, find_unused, accumulation)
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "non_reentrant", "reentrant"])
+def exhaustive(*values):
+    """What `test_wrapped.py` shows too, without a `Trainer`."""
+    return pytest.param(*values, marks=pytest.mark.exhaustive)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", exhaustive("non_reentrant"), exhaustive("reentrant")])
 def test_two_ranks_train_like_one_process(tmp_path, checkpointing):
     unused = "no" if checkpointing == "reentrant" else "default"
     settings = {"checkpointing": checkpointing, "find_unused": unused}
@@ -81,6 +60,7 @@ MOCLE_SETTINGS = {
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("settings", MOCLE_SETTINGS.values(), ids=MOCLE_SETTINGS)
 def test_two_ranks_train_mocle_like_one_process(tmp_path, settings):
     first, second = run_mocle(tmp_path / "two", 2, accumulation=2, **settings)
@@ -102,6 +82,7 @@ MOEXTEND_SETTINGS = {
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("settings", MOEXTEND_SETTINGS.values(), ids=MOEXTEND_SETTINGS)
 def test_two_ranks_train_new_experts_like_one_process(tmp_path, settings):
     first, second = run_moextend(tmp_path / "two", 2, accumulation=2, **settings)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from launching import write_report
 from transformers import TrainingArguments
 
-from test_aux_loss import _GradientTrap, build, rows_of
+from aux_by_hand import GradientTrap, build, rows_of
 from tiny_models import token_batch
 
 
@@ -36,17 +35,14 @@ def main(folder: str, coef: str, checkpointing: str, find_unused: str, accumulat
         **checkpoint,
     )
     batches = [token_batch(2, 12, num_padding=3 * (i % 2), seed=i) for i in range(2 * steps)]
-    trainer = _GradientTrap(model, args, train_dataset=rows_of(batches))
+    trainer = GradientTrap(model, args, train_dataset=rows_of(batches))
     error = None
     try:
         trainer.train()
     except Exception as caught:
         error = f"{type(caught).__name__}: {caught}"
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    world = dist.get_world_size() if dist.is_initialized() else 1
     weights = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
-    torch.save({"gradient": trainer.trapped, "weights": weights}, Path(folder) / f"rank{rank}.pt")
-    (Path(folder) / f"rank{rank}.json").write_text(json.dumps({"world_size": world, "error": error}))
+    write_report(folder, {"gradient": trainer.trapped, "weights": weights, "error": error})
     if error is None and dist.is_initialized():
         dist.barrier()
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from launching import write_report
 from peft import get_peft_model
 from transformers import Trainer, TrainingArguments
 
@@ -57,11 +56,8 @@ def main(folder: str, checkpointing: str, find_unused: str, scope: str, accumula
         Trainer(model, args, train_dataset=rows).train()
     except Exception as caught:
         error = f"{type(caught).__name__}: {caught}"
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    world = dist.get_world_size() if dist.is_initialized() else 1
     weights = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
-    torch.save({"weights": weights}, Path(folder) / f"rank{rank}.pt")
-    (Path(folder) / f"rank{rank}.json").write_text(json.dumps({"world_size": world, "error": error}))
+    write_report(folder, {"weights": weights, "error": error})
     if error is None and dist.is_initialized():
         dist.barrier()
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from launching import write_report
 from peft import get_peft_model
 from transformers import TrainingArguments
 
+from aux_by_hand import GradientTrap
 from peft_moe import MoExtendConfig
 from peft_moe.tuners.moextend.layer import MoExtendRouter
-from test_aux_loss import _GradientTrap
 from tiny_moe import BY_NAME, NUM_EXPERTS
 
 
@@ -81,22 +80,20 @@ def main(folder: str, coef: str, checkpointing: str, find_unused: str, accumulat
         **checkpoint,
     )
     base = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
-    trainer = _GradientTrap(model, args, train_dataset=rows())
+    trainer = GradientTrap(model, args, train_dataset=rows())
     error = None
     try:
         trainer.train()
     except Exception as caught:
         error = f"{type(caught).__name__}: {caught}"
-    rank = dist.get_rank() if dist.is_initialized() else 0
     report = {
-        "world_size": dist.get_world_size() if dist.is_initialized() else 1,
         "error": error,
+        "gradient": trainer.trapped,
+        "weights": torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad]),
         "chosen": {name: counts.tolist() for name, counts in chosen.items()},
         "is_base_untouched": all(torch.equal(model.get_parameter(name), p) for name, p in base.items()),
     }
-    weights = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
-    torch.save({"gradient": trainer.trapped, "weights": weights}, Path(folder) / f"rank{rank}.pt")
-    (Path(folder) / f"rank{rank}.json").write_text(json.dumps(report))
+    write_report(folder, report)
     if error is None and dist.is_initialized():
         dist.barrier()
 

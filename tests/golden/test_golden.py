@@ -86,6 +86,6 @@ def test_fields_of_a_saved_config(name, tmp_path):
 
 def test_public_names():
     names = {"peft_moe": sorted(peft_moe.__all__)}
-    for module in ("routing", "kernels", "tuners"):
+    for module in ("routing", "kernels", "monitoring", "tuners"):
         names[f"peft_moe.{module}"] = sorted(getattr(peft_moe, module).__all__)
     compare("public_names", names)

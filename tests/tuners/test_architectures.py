@@ -9,7 +9,7 @@ from peft import get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
-from peft_moe import MoLEConfig
+from peft_moe import MoCLEConfig, MoLEConfig
 from peft_moe.tuners.mole import MoLELayer
 from tiny_architectures import ARCHITECTURES, PLAIN, plain
 
@@ -143,6 +143,13 @@ def test_layers_to_transform_picks_layers():
     model = get_peft_model(model, config)
     assert len(routed_layers(model)) == 3
     assert all(".layers.1." in name for name in routed_layers(model))
+
+
+@pytest.mark.parametrize("config_class", [MoLEConfig, MoCLEConfig])
+def test_layers_to_transform_picks_layers_where_attention_and_mlp_share_a_name(config_class):
+    gpt2 = next(architecture for architecture in ARCHITECTURES if architecture.name == "gpt2-conv1d")
+    model = get_peft_model(gpt2.build(), config_class(r=2, layers_to_transform=[0]))
+    assert model.targeted_module_names and all(".h.0." in name for name in model.targeted_module_names)
 
 
 def test_excluded_modules_stay_as_they_are():

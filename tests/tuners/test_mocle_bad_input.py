@@ -28,6 +28,8 @@ FIELDS = {
     "cluster_embedding_init": ("zeros", "cluster_embedding_init must be one of"),
     "fallback": ("random", "fallback must be one of 'error', 'universal', but is 'random'"),
     "instruction_template": ("Question:", r"instruction_template must contain '\{\}' once"),
+    "encoder_name": (3, "encoder_name must be a text, but is 3"),
+    "instruction_pattern": (["(.*)"], "instruction_pattern must be a text, but is"),
     "universal_expert": ("yes", "universal_expert must be True or False, but is 'yes'"),
     "lora_dropout": (1.0, r"lora_dropout must be in \[0, 1\), but is 1.0"),
     "kernel_backend": ("segmnt", "kernel_backend: There is no kernel backend 'segmnt'. Did you mean 'segment'"),
@@ -68,7 +70,7 @@ def test_a_later_format_is_refused():
 TARGETS = {
     "an activation": (["up_proj", "act_fn"], r"MoCLE needs nn.Linear, but 'model.layers.0.mlp.act_fn' is SiLU"),
     "an embedding": (["embed_tokens"], "MoCLE needs nn.Linear, but 'model.embed_tokens' is Embedding"),
-    "nothing": (["w9"], r"No module of LlamaForCausalLM gets experts: target_modules=\['w9'\]"),
+    "nothing": (["w9"], r"Target modules \['w9'\] not found in the base model: no module of LlamaForCausalLM"),
 }
 
 

@@ -8,6 +8,7 @@ from peft import get_peft_model
 
 from peft_moe import InstructionClusterer, MoCLEConfig
 from peft_moe.tuners.mocle import MoCLELayer
+from tiny_architectures import ARCHITECTURES
 from tiny_models import tiny_llama, token_batch
 
 
@@ -246,11 +247,39 @@ def test_a_universal_fallback_uses_the_universal_expert_alone():
     logits = model(**token_batch()).logits
     for layer in layers_of(model).values():
         layer.mocle_A["default"].weight.data[:-1] = 0
-        with layer.recorder.surround({}):
+        with torch.no_grad(), layer.recorder.surround({}):
             routed = layer.route("default", torch.zeros(2, 9, layer.in_features), torch.zeros(0))[1]
         assert routed.top_k_weights is None and routed.plan.top_k_index.unique().tolist() == [3]
     assert torch.equal(model(**token_batch()).logits, logits)
     assert not torch.equal(model(**token_batch(), cluster_ids=IDS).logits, logits)
+
+
+@pytest.mark.parametrize("kind", ["non_reentrant", "reentrant"])
+def test_checkpointing_routes_linears_that_get_their_tokens_flattened(kind):
+    opt = next(architecture for architecture in ARCHITECTURES if architecture.name == "opt")
+    found = []
+    for is_checkpointed in (False, True):
+        model = build(opt.build(), gate_scope="module").train()
+        for module in model.modules():
+            module.training = hasattr(module, "gradient_checkpointing")
+        if is_checkpointed:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": kind == "reentrant"})
+        model(**opt.inputs(), cluster_ids=torch.tensor([0, 4])).logits.square().sum().backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0] and found[0].keys() == found[1].keys()
+    for name, expected in found[0].items():
+        torch.testing.assert_close(found[1][name], expected, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_universal_fallback_reaches_every_parameter_as_distributed_training_needs_it():
+    model = build(fallback="universal").train()
+    model(**token_batch()).loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert {name for name, gradient in gradients.items() if gradient is None} == set()
+    assert {name for name, gradient in gradients.items() if gradient.any()} == {
+        name for name in gradients if ".mocle_A." in name or ".mocle_B." in name
+    }
 
 
 def test_default_targets_are_up_and_down_of_the_text_mlps():

@@ -24,6 +24,12 @@ FIELDS = {
         r"num_new_experts\[1\] must be a whole number of at least 1, but is 0",
     ),
     "num_new_experts of none": ({}, "num_new_experts is an empty dictionary"),
+    "num_new_experts in a list": (
+        {0: [1], 1: 1},
+        r"num_new_experts\[0\] must be a whole number of at least 1, but is",
+    ),
+    "modules_to_save": ("lm_head", "modules_to_save must be a list of names, but is 'lm_head'"),
+    "target_modules": ([["gate"]], "target_modules must be a list of names, but is"),
     "layers": ([0, -1], "layers must name layers by their number, counted from 0, but has -1"),
     "layers of none": ([], "layers is empty"),
     "layers in words": ("all", "layers must be a list of layer numbers, but is 'all'"),
@@ -204,8 +210,12 @@ def test_a_broken_gate_is_named():
 def test_safe_merge_refuses_what_is_not_finite():
     model = extend(MIXTRAL)
     routers_of(model)[0].moextend_gate["default"].weight.data.fill_(float("nan"))
-    with pytest.raises(ValueError, match="moextend_gate.default.weight is not finite"):
+    with pytest.raises(
+        ValueError, match="The adapter default seems to be broken: moextend_gate.default.weight is not"
+    ):
         model.merge_and_unload(safe_merge=True)
+    model.add_adapter("sound", config_for(MIXTRAL))
+    model.merge_and_unload(safe_merge=True, adapter_names=["sound"])
 
 
 def test_adapters_of_another_kind_are_refused_beside_it():

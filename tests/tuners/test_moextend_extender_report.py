@@ -103,3 +103,29 @@ def test_a_report_survives_a_file_and_is_drawn(tmp_path):
     assert [bar.get_width() for bar in figure.axes[1].patches] == pytest.approx(list(FOUR.shift.values()))
     with pytest.raises(ValueError, match="no ExtenderReport of format 1: its format is 7"):
         ExtenderReport.from_dict({"format": 7})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "Expecting value"),
+        ("[]", "no ExtenderReport of format 1: its format is None"),
+        ('{"format": 1}', "damaged .KeyError: 'layers'."),
+        ('{"format": 1, "layers": []}', "damaged .AttributeError"),
+        ('{"format": 1, "layers": {"x": {}}}', "damaged .ValueError"),
+        ("[" * 100_000, "recursion"),
+    ],
+    ids=["empty", "list", "no-layers", "layers-in-a-list", "layer-in-words", "bottomless"],
+)
+def test_a_file_that_is_no_report_is_named(content, message, tmp_path):
+    (tmp_path / "report.json").write_text(content)
+    with pytest.raises(ValueError, match=f"report.json' cannot be read as an ExtenderReport: .*{message}"):
+        ExtenderReport.from_file(tmp_path / "report.json")
+
+
+def test_counts_of_other_layers_or_experts_are_no_report():
+    table = FOUR.to_dict()
+    layer = next(iter(table["layers"]))
+    table["layers"][layer] = {**table["layers"][layer], "after": [1]}
+    with pytest.raises(ValueError, match="damaged .ValueError"):
+        ExtenderReport.from_dict(table)

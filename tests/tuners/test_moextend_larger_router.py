@@ -7,8 +7,10 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft import PeftModel
 from test_moextend_families import BY_NAME, config_for, every_family, extend, logits_of, routers_of
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from peft_moe.pretrained_moe import route
 
@@ -97,6 +99,17 @@ def test_another_type_of_tensor_acts_at_once():
     logits_of(model)
     assert logits_of(model.bfloat16()).dtype == torch.bfloat16
     assert routers_of(model)[0].base_layer.weight.dtype == torch.bfloat16
+
+
+def test_weights_that_fsdp_gathers_are_those_that_count():
+    model = extend(MIXTRAL, shake=0.1)
+    expected = logits_of(model)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        sharded = FullyShardedDataParallel(model, use_orig_params=True, device_id="cpu")
+        assert torch.equal(logits_of(sharded), expected)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_router_whose_forward_was_replaced_is_called_as_it_is():

@@ -62,6 +62,16 @@ def test_two_steps_move_the_new_weights_and_no_old_one(family: MoeFamily, tmp_pa
     }
 
 
+def test_evaluation_mode_with_gradients_reaches_experts_that_no_token_chose():
+    model = extend(MIXTRAL, init="copy_guarded")
+    expected = logits_of(MIXTRAL.build())
+    output = model(**moe_batch())
+    output.loss.backward()
+    torch.testing.assert_close(output.logits, expected, rtol=0, atol=1e-5)
+    gradients = {n: p.grad for n, p in model.named_parameters() if ".moextend_experts." in n}
+    assert gradients and all(gradient is not None and not gradient.any() for gradient in gradients.values())
+
+
 def test_wrapping_copies_no_frozen_weight():
     model = MIXTRAL.build()
     pointers = sorted(parameter.data_ptr() for parameter in model.parameters())

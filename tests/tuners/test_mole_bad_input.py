@@ -44,6 +44,18 @@ BAD_FIELDS = [
     ("half-precision-router", {"router_dtype": "float16"}, "router_dtype must be 'float32', but is 'float16'"),
     ("half-precision-dtype", {"router_dtype": torch.float16}, "router_dtype must be 'float32', but is torch.float16"),
     ("soft-as-text", {"soft": "yes"}, "soft must be True or False, but is 'yes'"),
+    ("alpha-beyond-float32", {"lora_alpha": 1e308}, "lora_alpha must be a positive number, but is 1e+308"),
+    ("alpha-beyond-any-float", {"lora_alpha": 10**400}, "lora_alpha must be a positive number, but is 1000"),
+    ("infinite-alpha", {"alpha_pattern": {"up_proj": float("inf")}}, "alpha_pattern['up_proj'] must be a positive"),
+    ("targets-as-broken-expression", {"target_modules": "("}, "target_modules is '(', which is no regular expression"),
+    ("targets-of-lists", {"exclude_modules": [["up_proj"]]}, "exclude_modules must be a list of names, but is [["),
+    (
+        "layer-as-fraction",
+        {"layers_to_transform": 2.5},
+        "layers_to_transform must be a layer number or a list of them",
+    ),
+    ("layer-as-text", {"layers_to_transform": ["0"]}, "layers_to_transform must be a layer number or a list of them"),
+    ("format-as-text", {"checkpoint_format": "1"}, "checkpoint_format of a MoLE adapter must be a whole number"),
     ("targets-as-number", {"target_modules": 3}, "target_modules must be a list of names, but is 3"),
     ("targets-of-numbers", {"target_modules": [3]}, "target_modules must be a list of names"),
     (
@@ -110,12 +122,12 @@ def untouched(model) -> bool:
     [
         pytest.param(
             {"target_modules": ["mlpx"]},
-            r"No module of LlamaForCausalLM gets experts: target_modules=\['mlpx'\] matches nothing.*named_modules",
+            r"Target modules \['mlpx'\] not found.*no module of LlamaForCausalLM gets experts.*named_modules",
             id="no-such-module",
         ),
         pytest.param(
             {"target_modules": ["up_proj"], "exclude_modules": ["up_proj"]},
-            r"No module of LlamaForCausalLM gets experts.*exclude_modules",
+            r"no module of LlamaForCausalLM gets experts.*exclude_modules",
             id="everything-excluded",
         ),
         pytest.param(
@@ -321,7 +333,7 @@ def test_safe_merge_refuses_weights_that_are_not_finite():
     model = wrapped(num_experts=1)
     layer = model.get_base_model().model.layers[0].mlp.up_proj
     layer.mole_B["default"].weight.data.fill_(float("nan"))
-    with pytest.raises(ValueError, match="not finite.*nothing was merged"):
+    with pytest.raises(ValueError, match="The adapter default seems to be broken.*not finite.*nothing was merged"):
         model.merge_adapter(safe_merge=True)
     assert torch.isfinite(layer.base_layer.weight).all()
 

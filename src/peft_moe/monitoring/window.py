@@ -27,7 +27,7 @@ class TrainWindow:
         for hook in recorder.output_hooks:
             if isinstance(hook, AuxLoss):
                 with torch.no_grad():
-                    total = hook.total(forward_pass.records)
+                    total = hook.total(forward_pass, forward_pass.records)
                 if total is not None:
                     self._aux_loss_sum = self._aux_loss_sum + total
                     self._num_aux_losses += 1

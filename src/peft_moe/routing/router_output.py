@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 
-@dataclass(frozen=True)
-class RouterOutput:
+class RouterOutput(NamedTuple):
     """The decision of one router for T tokens; for T examples, where examples are routed as a whole.
+
+    A tuple, because FSDP and DeepSpeed find the tensors of a module's output in tuples and not in other objects. They
+    gather the weights of the router for backward when the gradient of one of these tensors arrives.
 
     Args:
         router_logits (`torch.Tensor` of shape `(T, E)`, float32):

@@ -1,12 +1,11 @@
-"""What the tuners share: injection around a recorder, checked loading, honest refusal to merge, model cards."""
+"""What the tuners share: injection around a recorder, checked loading, model cards, honest refusals."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -16,10 +15,10 @@ from torch import nn
 
 from ..aux_loss import AuxLoss, AuxLossFunction, install_aux_loss, weighted_aux_loss
 from ..recording import RoutingRecorder, install_recorder, remove_recorder
+from .model_card import complete_model_card
 
 
 CHECKPOINT_FORMAT = 1
-CARD_HEADING = "## How to load this adapter"
 
 
 def raise_config_problems(config_name: str, problems: list[str]) -> None:
@@ -29,7 +28,12 @@ def raise_config_problems(config_name: str, problems: list[str]) -> None:
 
 
 def check_checkpoint_format(found: int, *, method: str) -> None:
-    """Refuse an adapter that a newer version of this package has written."""
+    """Refuse an adapter that a newer version of this package has written, or none at all."""
+    if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+        raise ValueError(
+            f"checkpoint_format of a {method} adapter must be a whole number of at least 1, but is {found!r}. Leave it as "
+            "it was saved."
+        )
     if found > CHECKPOINT_FORMAT:
         raise ValueError(
             f"This {method} adapter has checkpoint format {found}, but this version of peft_moe reads up to "
@@ -93,8 +97,7 @@ def check_finite(values: torch.Tensor, what: str) -> None:
     """
     if torch.compiler.is_compiling() or values.is_meta:
         return
-    # half precision overflows in the sum of finite values
-    is_finite = torch.isfinite(values.sum(dtype=torch.promote_types(values.dtype, torch.float32)))
+    is_finite = _all_finite(values)
     message = (
         f"{what} that are not finite. The hidden states or the adapter contain NaN or infinity: lower the learning rate, "
         "clip gradients, or check the checkpoint."
@@ -106,38 +109,23 @@ def check_finite(values: torch.Tensor, what: str) -> None:
         torch._assert_async(is_finite, message)
 
 
-def write_card_section(save_directory: str, *, method: str) -> None:
-    """Add to the model card that PEFT wrote what a reader needs to load the adapter: `import peft_moe`."""
-    path = os.path.join(save_directory, "README.md")
-    if not os.path.isfile(path):
-        return
-    with open(path, encoding="utf-8") as file:
-        card = file.read()
-    if CARD_HEADING in card:
-        return
-    section = f"""
-{CARD_HEADING}
-
-This is a {method} adapter. `import peft_moe` (`pip install peft-moe`) makes it known to PEFT:
-
-```python
-import peft_moe
-from peft import AutoPeftModelForCausalLM
-
-model = AutoPeftModelForCausalLM.from_pretrained("<this repository>")
-```
-"""
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(card.rstrip("\n") + "\n" + section)
+def _all_finite(values: torch.Tensor) -> torch.Tensor:
+    # half precision overflows in the sum of finite values
+    return torch.isfinite(values.sum(dtype=torch.promote_types(values.dtype, torch.float32)))
 
 
 class MoeTunerConfig(PeftConfig):
-    """Mixin of the configurations: the model card of a saved adapter says how to load it."""
+    """Mixin of the configurations: the model card of a saved adapter says what it is and how to load it."""
+
+    method: ClassVar[str]
+    paper_url: ClassVar[str]
+    card_fields: ClassVar[tuple[str, ...]] = ()
+    """what the model card lists, in this order"""
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save as PEFT does, then complete the model card in the same folder, if there is one."""
         super().save_pretrained(save_directory, **kwargs)
-        write_card_section(save_directory, method=type(self).__name__.removesuffix("Config"))
+        complete_model_card(save_directory, self)
 
 
 class MoeTuner(BaseTuner):
@@ -171,9 +159,10 @@ class MoeTuner(BaseTuner):
                 remove_recorder(model)
             raise
         function = self.aux_loss_function(self.peft_config[adapter_name])
-        self.aux_loss.functions.pop(adapter_name, None)
+        self.aux_loss.remove(adapter_name)
         if function is not None:
-            self.aux_loss.functions[adapter_name] = function
+            is_global = getattr(self.peft_config[adapter_name], "router_aux_loss_scope", "process") == "global"
+            self.aux_loss.add(adapter_name, function, is_global=is_global)
         if hasattr(model, "add_model_tags"):
             model.add_model_tags(list(self.tags))
 
@@ -181,7 +170,7 @@ class MoeTuner(BaseTuner):
         """Delete an adapter and its auxiliary loss; the same adapters are active in all layers afterwards."""
         was_active = adapter_name in self.active_adapters
         super().delete_adapter(adapter_name)
-        self.aux_loss.functions.pop(adapter_name, None)
+        self.aux_loss.remove(adapter_name)
         if was_active and self.active_adapters:
             # each layer has chosen for itself among those that it has
             is_frozen = all(self.peft_config[name].inference_mode for name in self.active_adapters)
@@ -227,8 +216,9 @@ def check_adapter_state_dict(
         prefix (`str`): what the names of the tuner's containers begin with.
 
     Raises:
-        ValueError: tensors are missing, superfluous, or of another shape. A mixture of experts of which only a part is
-            loaded would compute something else without a word.
+        ValueError: tensors are missing, superfluous, of another shape, no floating-point numbers where the model has
+            such, or not finite. A mixture of experts of which only a part is loaded would compute something else without
+            a word.
     """
     needed = {}
     for layer_name, layer in model.named_modules():
@@ -244,12 +234,25 @@ def check_adapter_state_dict(
         for name, tensor in needed.items()
         if name in state_dict and state_dict[name].shape != tensor.shape
     ]
+    fitting = {name: state_dict[name] for name in needed if name in state_dict}
+    dtypes = [
+        f"{name}: {found.dtype} in the file, {needed[name].dtype} in the model"
+        for name, found in fitting.items()
+        if found.is_floating_point() != needed[name].is_floating_point()
+    ]
+    diverged = [
+        name
+        for name, found in fitting.items()
+        if found.is_floating_point() and not found.is_meta and not _all_finite(found)
+    ]
     problems = [
         f"{len(found)} tensors {what}, for example {found[0]}"
         for found, what in (
             (missing, "are missing from the file"),
             (extra, "of the file have no place in the model"),
             (shapes, "have another shape"),
+            (dtypes, "have a dtype that cannot be converted"),
+            (diverged, "hold NaN or infinity"),
         )
         if found
     ]

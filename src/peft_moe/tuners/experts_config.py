@@ -12,6 +12,9 @@ from .base import MoeTunerConfig, check_checkpoint_format, raise_config_problems
 from .registration import peft_type
 
 
+FLOAT32_MAX = 3.4028234663852886e38
+
+
 @dataclass
 class LoraExpertsConfig(MoeTunerConfig):
     """Fields about LoRA experts. The subclasses describe them; `method` is how a subclass calls itself."""
@@ -42,7 +45,6 @@ class LoraExpertsConfig(MoeTunerConfig):
     kernel_backend: str = field(default="auto", metadata={"help": "What computes the experts."})
     checkpoint_format: int = field(default=1, metadata={"help": "Format of the saved adapter; leave as it is."})
 
-    method: ClassVar[str]
     name_fields: ClassVar[tuple[str, ...]] = ("target_modules", "exclude_modules")
     pattern_fields: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
     flag_fields: ClassVar[tuple[str, ...]] = ("use_rslora",)
@@ -56,7 +58,7 @@ class LoraExpertsConfig(MoeTunerConfig):
                 setattr(self, name, {})
         for name in self.name_fields:
             value = getattr(self, name)
-            if isinstance(value, list):
+            if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
                 setattr(self, name, set(value))
         raise_config_problems(type(self).__name__, [*self._problems(), *self._shared_problems()])
 
@@ -100,12 +102,13 @@ class LoraExpertsConfig(MoeTunerConfig):
             for name in self.pattern_fields
             if not isinstance(getattr(self, name), dict)
         ]
-        for name in (*self.name_fields, "modules_to_save"):
-            value = getattr(self, name)
-            if value is None or (isinstance(value, str) and name != "modules_to_save"):
-                continue
-            if not isinstance(value, list | set | tuple) or not all(isinstance(entry, str) for entry in value):
-                problems.append(f"{name} must be a list of names, but is {value!r}.")
+        for name in (*self.name_fields, "layers_pattern"):
+            problems += name_problems(self, name)
+        problems += name_problems(self, "modules_to_save", may_be_pattern=False)
+        layers = self.layers_to_transform
+        numbers = layers if isinstance(layers, list | tuple | set | range) else [layers]
+        if layers is not None and not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
+            problems.append(f"layers_to_transform must be a layer number or a list of them, but is {layers!r}.")
         return problems
 
 
@@ -115,8 +118,24 @@ def is_positive_int(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a field can be calculated with."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether a field can be calculated with in float32."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= FLOAT32_MAX
+
+
+def name_problems(config: Any, name: str, *, may_be_pattern: bool = True) -> list[str]:
+    """A sentence if a field that may be `None` is no list of names and, where it may be, no regular expression."""
+    value = getattr(config, name)
+    if value is None:
+        return []
+    if isinstance(value, str) and may_be_pattern:
+        try:
+            re.compile(value)
+        except re.error as error:
+            return [f"{name} is {value!r}, which is no regular expression: {error}."]
+        return []
+    if not isinstance(value, list | set | tuple) or not all(isinstance(entry, str) for entry in value):
+        return [f"{name} must be a list of names, but is {value!r}."]
+    return []
 
 
 def count_problems(config: Any, *names: str) -> list[str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
+from peft import NoMatchingPeftModuleError
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
@@ -21,15 +23,18 @@ class LoraExpertsModel(MoeTuner):
 
     target_module_mapping: dict[str, list[str]] = {}
 
-    def _select(self, names: list[str]) -> set[str]:
-        """What to put into a configuration to get exactly `names`: none of another tower of a multi-modal model."""
-        return set(shorten(names, [name for name, _ in self.model.named_modules()]))
+    def _select(self, names: list[str], peft_config: LoraExpertsConfig) -> set[str]:
+        """What to put into a configuration to get exactly `names`: none of another tower of a multi-modal model, and none
+        of a layer that `layers_to_transform` leaves out, which PEFT does not look at where a name is given in full."""
+        chosen = shorten(names, [name for name, _ in self.model.named_modules()])
+        return {name for name in chosen if name not in names or is_in_layers(peft_config, name)}
 
     def _targets(self, peft_config: LoraExpertsConfig, model: nn.Module) -> list[str]:
         """Names of the linears that get experts, each checked.
 
         Raises:
-            ValueError: there are none, or one cannot have experts.
+            NoMatchingPeftModuleError: there are none.
+            ValueError: one cannot have experts.
         """
         names = []
         for name, module in adaptable_modules(model):
@@ -42,11 +47,11 @@ class LoraExpertsModel(MoeTuner):
                 check_target(model, name, base_of(module), method=peft_config.method)
                 names.append(name)
         if not names:
-            raise ValueError(
-                f"No module of {type(model).__name__} gets experts: target_modules="
-                f"{_shown(peft_config.target_modules)} matches nothing that exclude_modules and layers_to_transform "
-                "leave. Compare the names with those of model.named_modules(), or leave target_modules out to find "
-                "them by structure."
+            raise NoMatchingPeftModuleError(
+                f"Target modules {_shown(peft_config.target_modules)} not found in the base model: no module of "
+                f"{type(model).__name__} gets experts, because nothing matches that exclude_modules and "
+                "layers_to_transform leave. Compare the names with those of model.named_modules(), or leave "
+                "target_modules out to find them by structure."
             )
         return names
 
@@ -120,6 +125,19 @@ def adaptable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def is_target(config: Any, name: str) -> Any:
     """Whether `target_modules` and the fields that restrict it choose the module `name`."""
     return check_target_module_exists(config, name)
+
+
+def is_in_layers(config: LoraExpertsConfig, name: str) -> bool:
+    """Whether `layers_to_transform` allows the module `name`."""
+    view = SimpleNamespace(
+        target_modules=[name.rpartition(".")[2]],
+        target_parameters=None,
+        exclude_modules=None,
+        modules_to_save=None,
+        layers_to_transform=config.layers_to_transform,
+        layers_pattern=config.layers_pattern,
+    )
+    return bool(is_target(view, name))
 
 
 def by_pattern(pattern: dict[str, Any], name: str, default: Any) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -115,6 +116,29 @@ def shorten(names: list[str], all_names: list[str]) -> list[str]:
     return ends if selected == set(names) else sorted(names)
 
 
+def is_sharded(tensor: torch.Tensor | None) -> bool:
+    """Whether a process holds only its part of a tensor (a `DTensor`)."""
+    return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
+
+
+def is_gathered_when_called(module: nn.Module) -> bool:
+    """Whether FSDP gathers a group of parameters when the module is called."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(module, FSDPModule)
+
+
+def is_split(model: nn.Module, name: str, weight: torch.Tensor | None) -> bool:
+    """Whether the module `name` computes with a part of its weight, as in tensor parallelism; FSDP gathers it first."""
+    if not is_sharded(weight):
+        return False
+    path = name.split(".")
+    is_gathered = any(
+        is_gathered_when_called(model.get_submodule(".".join(path[:depth]))) for depth in range(len(path) + 1)
+    )
+    return not is_gathered or "tp" in (weight.device_mesh.mesh_dim_names or ())  # type: ignore[union-attr]
+
+
 def check_target(model: nn.Module, name: str, module: nn.Module, *, method: str) -> None:
     """Raise `ValueError` unless experts can be added to the module `name` and would have an effect."""
     kind = type(module).__name__
@@ -122,6 +146,12 @@ def check_target(model: nn.Module, name: str, module: nn.Module, *, method: str)
         raise ValueError(
             f"{method} needs nn.Linear, but '{name}' is {kind}. Remove it with "
             f"exclude_modules=['{name.rpartition('.')[2]}'], or pick other target_modules."
+        )
+    if is_split(model, name, getattr(module, "weight", None)):
+        raise ValueError(
+            f"'{name}' is split over processes by tensor parallelism ({module.weight.placements}), and {method} adds experts "
+            "to whole linears only. Load the base model without tp_plan, and share it out by FSDP or DeepSpeed instead; or "
+            f"exclude what the plan splits: exclude_modules=['{name.rpartition('.')[2]}', ...]."
         )
     parent = model.get_submodule(name.rpartition(".")[0])
     if isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer):

@@ -90,6 +90,8 @@ class MoCLEConfig(LoraExpertsConfig):
             (for tests).
         kernel_backend (`str`):
             What computes the experts: `"auto"` or the name of a backend, see [`peft_moe.kernels.explain`].
+        checkpoint_format (`int`):
+            Format of the saved adapter; leave as it is.
 
     Example:
 
@@ -140,6 +142,16 @@ class MoCLEConfig(LoraExpertsConfig):
     centroids_sha256: str | None = field(default=None, metadata={"help": "Checksum of the adapter's centroids."})
 
     method: ClassVar[str] = "MoCLE"
+    paper_url: ClassVar[str] = "https://huggingface.co/papers/2312.12379"
+    card_fields: ClassVar[tuple[str, ...]] = (
+        "num_clusters",
+        "num_experts",
+        "top_k",
+        "universal_expert",
+        "r",
+        "lora_alpha",
+        "encoder_name",
+    )
     flag_fields: ClassVar[tuple[str, ...]] = (
         *LoraExpertsConfig.flag_fields,
         "universal_expert",
@@ -169,6 +181,11 @@ class MoCLEConfig(LoraExpertsConfig):
         noise = self.gate_noise_std
         if noise is not None and not (is_number(noise) and 0 <= noise < math.inf):
             problems.append(f"gate_noise_std must be a number and not negative, but is {noise!r}.")
+        problems += [
+            f"{name} must be a text, but is {getattr(self, name)!r}."
+            for name in ("encoder_name", "instruction_pattern", "centroids_sha256")
+            if not isinstance(getattr(self, name), str | None)
+        ]
         problems += float32_problems(self, "gate_dtype")
         problems += choice_problems(
             self,

@@ -17,8 +17,6 @@ from typing import Any
 import torch
 from accelerate.utils import extract_model_from_parallel
 from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
@@ -27,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...pretrained_moe import base_of
 from ..experts_model import adaptable_modules
+from ..model_card import CARD_FILE, is_hub_id
 from ..structure import shorten
 from .adapter_router import STAGING_PREFIX, TABLE_FILE, ClusterAdapterRouter, write_table
 from .clusters import BatchClusters
@@ -36,7 +35,6 @@ from .layer import MoCLELayer
 
 __all__ = ["ClusterAdapterRouter", "export_all", "export_cluster_lora"]
 
-CARD_FILE = "README.md"
 EXPORT_MARK = "mocle_cluster"
 """key in the metadata of the safetensors file by which an export is known again"""
 UNIVERSAL = "universal"
@@ -114,7 +112,7 @@ def export_all(model: nn.Module, path: str | Path, *, adapter_name: str | None =
 
     ```py
     >>> [folder.name for folder in export_all(model, "adapters")]
-    ['cluster_0', 'cluster_1', 'cluster_4']
+    ['cluster_0', ...]
     ```
     """
     adapter = _Adapter.find(model, adapter_name)
@@ -400,7 +398,7 @@ def _remove_stale(root: Path, *, keep: list[Path]) -> None:
 def _card(adapter: _Adapter, config: LoraConfig, clusters: str) -> ModelCard:
     base = adapter.base_name
     # the Hub refuses a card whose base model is no id
-    on_hub = base if base is not None and _is_hub_id(base) else None
+    on_hub = base if base is not None and is_hub_id(base) else None
     tags = ["lora", "mocle", *([f"base_model:adapter:{on_hub}"] if on_hub else [])]
     data = ModelCardData(library_name="peft", base_model=on_hub, tags=tags)
     if clusters == UNIVERSAL:
@@ -435,11 +433,3 @@ Which instructions belong to which cluster is decided by the nearest centroid of
 https://huggingface.co/papers/2312.12379).
 """
     )
-
-
-def _is_hub_id(name: str) -> bool:
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return not Path(name).exists()

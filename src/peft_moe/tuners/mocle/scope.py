@@ -11,6 +11,7 @@ from ...kernels import DispatchPlan
 from ...recording import RoutingRecorder
 from ...routing import ClusterRouter, RouterOutput
 from ..experts_layer import Routed
+from ..structure import is_gathered_when_called, is_sharded
 from .clusters import BatchClusters, ClusterLookup
 
 
@@ -109,7 +110,7 @@ class GateScope:
             self._waiting = set(self.members)
             self._record(decision, recorder)
         self._waiting.discard(member)
-        forward_pass = recorder.current
+        forward_pass = recorder.find_pass()
         batch_shape = None if forward_pass is None else forward_pass.inputs.get("batch_shape")
         routed = decision.routed(shape, batch_shape, member)
         if not self._waiting and self._kept_with is None:
@@ -158,13 +159,31 @@ class GateScope:
 
     def decide(self, clusters: BatchClusters, device: torch.device) -> RouterOutput:
         """Ask the gate about N examples; the answer is on `device`."""
-        assert self.gate_owner is not None and self.embedding_owner is not None
+        if clusters.ids is not None:
+            return _moved(self._ask(clusters), device)
+        output = self.gate.universal_only(1, device)
+        if not (torch.is_grad_enabled() and self.gate.weight.requires_grad):
+            return output
+        # asked in vain: each rank of a distributed run takes part in the gradient of every parameter
+        asked = self._ask(BatchClusters(torch.zeros(1, dtype=torch.int64, device=device)))
+        assert asked.top_k_weights is not None
+        weights = 1 + 0 * asked.top_k_weights[:, -1:].to(device)
+        return RouterOutput(output.router_logits, output.top_k_index, weights, balance_index=output.balance_index)
+
+    def _ask(self, clusters: BatchClusters) -> RouterOutput:
+        """What the gate says about examples whose clusters are known."""
+        assert self.embedding_owner is not None and clusters.ids is not None
         gate = self.gate
-        if clusters.ids is None:
-            return gate.universal_only(1, device)
         embedding = self.embedding_owner.mocle_embedding[self.adapter_name]
+        if is_sharded(embedding.weight) and not is_gathered_when_called(embedding):
+            raise RuntimeError(
+                f"The layers of the MoCLE adapter {self.adapter_name!r} share a table of cluster embeddings, but FSDP holds it "
+                f"in the group of the first one, and '{self.name}' cannot read it. Give it a group of its own: "
+                "fully_shard(module) for each ClusterEmbedding before the layers (in a config of accelerate: add "
+                "ClusterEmbedding to fsdp_transformer_layer_cls_to_wrap). Or use cluster_embedding_scope='layer'."
+            )
         embedded = embedding(clusters.ids_on(_device_of(embedding.weight, clusters.ids)))
-        return _moved(gate(embedded.to(_device_of(gate.weight, embedded))), device)
+        return gate(embedded.to(_device_of(gate.weight, embedded)))
 
 
 def _device_of(weight: torch.Tensor, otherwise: torch.Tensor) -> torch.device:

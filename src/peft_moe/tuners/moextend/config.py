@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from ...all_processes import SCOPES
 from ...losses import AUX_LOSS_TYPES
 from ..base import MoeTunerConfig, check_checkpoint_format, raise_config_problems
-from ..experts_config import choice_problems, count_problems, is_number, is_positive_int
+from ..experts_config import choice_problems, count_problems, is_number, is_positive_int, name_problems
 from ..registration import peft_type
 
 
@@ -63,6 +64,10 @@ class MoExtendConfig(MoeTunerConfig):
         router_aux_loss_type (`"switch"`, `"pooled"` or `"mole"`):
             Its form, see [`~peft_moe.losses.load_balancing_loss`]. Only `"switch"` allows layers with different numbers of
             experts.
+        router_aux_loss_scope (`"process"` or `"global"`):
+            Whose tokens are balanced in a distributed run: those of each process by itself, or those of all processes in
+            the same forward pass, by one small all-reduce. `"global"` lets a process specialise on the kind of data that
+            it happens to get, and is not for `"mole"`, which balances each sample by itself.
         router_z_loss_coef (`float`):
             Weight of the router z-loss. 0 turns it off.
         modules_to_save (`list[str]`, *optional*):
@@ -110,16 +115,29 @@ class MoExtendConfig(MoeTunerConfig):
     router_aux_loss_type: Literal["switch", "pooled", "mole"] = field(
         default="switch", metadata={"help": "Form of the load-balancing loss."}
     )
+    router_aux_loss_scope: Literal["process", "global"] = field(
+        default="process", metadata={"help": "Balance the tokens of each process, or those of all processes."}
+    )
     router_z_loss_coef: float = field(default=0.0, metadata={"help": "Weight of the router z-loss."})
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Further modules to train in full and to save."}
     )
     target_modules: list[str] | str | None = field(default=None, metadata={"help": "Filled in by the tuner."})
-    base_num_experts: dict[int, int] | None = field(default=None, metadata={"help": "Filled in by the tuner."})
+    base_num_experts: dict[int, int] | None = field(
+        default=None, metadata={"help": "{layer: experts of the base model}, filled in by the tuner."}
+    )
     base_router: str | None = field(default=None, metadata={"help": "Filled in by the tuner."})
     checkpoint_format: int = field(default=1, metadata={"help": "Format of the saved adapter; leave as it is."})
 
     method: ClassVar[str] = "MoExtend"
+    paper_url: ClassVar[str] = "https://huggingface.co/papers/2408.03511"
+    card_fields: ClassVar[tuple[str, ...]] = (
+        "num_new_experts",
+        "base_num_experts",
+        "init",
+        "expert_type",
+        "calibration",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -129,7 +147,7 @@ class MoExtendConfig(MoeTunerConfig):
         self.num_new_experts = _with_int_keys(self.num_new_experts)
         self.copy_sources = _with_int_keys(self.copy_sources)
         self.base_num_experts = _with_int_keys(self.base_num_experts)
-        if isinstance(self.target_modules, list):
+        if isinstance(self.target_modules, list) and not name_problems(self, "target_modules"):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         raise_config_problems(type(self).__name__, self._problems())
 
@@ -152,6 +170,8 @@ class MoExtendConfig(MoeTunerConfig):
     def _problems(self) -> list[str]:
         problems = [*self._count_problems(), *self._layer_problems(), *self._source_problems()]
         problems += count_problems(self, "r", "calibration_dim")
+        problems += name_problems(self, "target_modules")
+        problems += name_problems(self, "modules_to_save", may_be_pattern=False)
         if not is_number(self.lora_alpha) or not 0 < self.lora_alpha < math.inf:
             problems.append(f"lora_alpha must be a positive number, but is {self.lora_alpha!r}.")
         if not is_number(self.guard_offset) or not -math.inf < self.guard_offset <= 0:
@@ -168,8 +188,14 @@ class MoExtendConfig(MoeTunerConfig):
                 "expert_type": EXPERT_TYPES,
                 "calibration": CALIBRATIONS,
                 "router_aux_loss_type": AUX_LOSS_TYPES,
+                "router_aux_loss_scope": SCOPES,
             },
         )
+        if self.router_aux_loss_scope == "global" and self.router_aux_loss_type == "mole":
+            problems.append(
+                "router_aux_loss_scope='global' has no meaning with router_aux_loss_type='mole', which balances each sample "
+                "by itself. Use 'switch' or 'pooled', or leave router_aux_loss_scope out."
+            )
         return problems
 
     def _count_problems(self) -> list[str]:
@@ -188,7 +214,12 @@ class MoExtendConfig(MoeTunerConfig):
         ]
         if self.layers is not None:
             problems.append("layers has no effect beside a dictionary in num_new_experts, whose keys are the layers.")
-        if len(set(counts.values())) > 1 and self.router_aux_loss_coef and self.router_aux_loss_type != "switch":
+        if (
+            not problems
+            and len(set(counts.values())) > 1
+            and self.router_aux_loss_coef
+            and self.router_aux_loss_type != "switch"
+        ):
             problems.append(
                 f"router_aux_loss_type={self.router_aux_loss_type!r} pools all routers and needs the same number of "
                 "experts everywhere. Use 'switch' where num_new_experts differs by layer."

@@ -80,8 +80,12 @@ def check_enlargeable(
                 )
     for module in model.modules() if safe_merge else ():
         if isinstance(module, MoExtendRouter | MoExtendExperts):
-            own = {n: p for n, p in module.named_parameters() if "moextend_" in n}
-            problems += [f"{n} is not finite." for n, p in own.items() if not torch.isfinite(p).all()]
+            own = {n: p for n, p in module.named_parameters() if n.startswith("moextend_")}
+            problems += [
+                f"NaNs detected in the merged weights. The adapter {name} seems to be broken: {n} is not finite."
+                for n, p in own.items()
+                if (name := n.split(".")[1]) in adapter_names and not torch.isfinite(p).all()
+            ]
     if problems:
         shown = "".join(f"\n  - {problem}" for problem in problems[:5])
         raise ValueError(

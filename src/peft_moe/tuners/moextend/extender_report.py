@@ -237,21 +237,27 @@ class ExtenderReport:
         """The report that [`to_dict`] wrote.
 
         Raises:
-            ValueError: `table` has another format.
+            ValueError: `table` has another format, or is not what [`to_dict`] writes.
         """
-        if table.get("format") != REPORT_FORMAT:
-            raise ValueError(
-                f"This is no ExtenderReport of format {REPORT_FORMAT}: its format is {table.get('format')!r}."
+        found_format = table.get("format") if isinstance(table, dict) else None
+        if found_format != REPORT_FORMAT:
+            raise ValueError(f"This is no ExtenderReport of format {REPORT_FORMAT}: its format is {found_format!r}.")
+        try:
+            layers = {int(layer): entry for layer, entry in table["layers"].items()}
+            report = cls(
+                before={layer: entry["before"] for layer, entry in layers.items()},
+                after={layer: entry["after"] for layer, entry in layers.items()},
+                blocks={layer: entry["block"] for layer, entry in layers.items()},
+                num_probe_tokens=table["num_probe_tokens"],
+                losses=table["losses"],
+                settings=table["settings"],
             )
-        layers = {int(layer): entry for layer, entry in table["layers"].items()}
-        return cls(
-            before={layer: entry["before"] for layer, entry in layers.items()},
-            after={layer: entry["after"] for layer, entry in layers.items()},
-            blocks={layer: entry["block"] for layer, entry in layers.items()},
-            num_probe_tokens=table["num_probe_tokens"],
-            losses=table["losses"],
-            settings=table["settings"],
-        )
+            selection_shift(report.before, report.after)  # are these counts?
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"This ExtenderReport is damaged ({type(error).__name__}: {error}). Measure again."
+            ) from error
+        return report
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it as json."""
@@ -260,9 +266,16 @@ class ExtenderReport:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> ExtenderReport:
-        """The report that [`save`] wrote."""
+        """The report that [`save`] wrote.
+
+        Raises:
+            ValueError: the file holds something else.
+        """
         with open(path, encoding="utf-8") as file:
-            return cls.from_dict(json.load(file))
+            try:
+                return cls.from_dict(json.load(file))
+            except (ValueError, RecursionError) as error:  # not json, not text or no report
+                raise ValueError(f"{os.fspath(path)!r} cannot be read as an ExtenderReport: {error}") from error
 
 
 def _most_used(counts: Sequence[int], number: int) -> list[int]:

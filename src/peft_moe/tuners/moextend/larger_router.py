@@ -64,6 +64,8 @@ class LargerRouter:
         for kind in ("_parameters", "_buffers"):
             if state[kind]:
                 state[kind] = {own: tensors.get(prefix + own, tensor) for own, tensor in state[kind].items()}
+                for own in state[kind]:
+                    state.pop(own, None)  # FSDP1 leaves what it gathers in both places, and this one would win
         if state["_modules"]:
             state["_modules"] = {
                 own: None if child is None else self._copied(child, prefix + own, tensors, num_experts, width)

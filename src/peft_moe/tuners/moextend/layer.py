@@ -146,6 +146,7 @@ class MoExtendRouter(MoExtendLayer):
         if not names:
             return self.base_layer(hidden_states, *args, **kwargs)
         refuse_replica(self)
+        self._check_zero3(hidden_states)
         gates = [self.moextend_gate[name] for name in names]
         output = self.larger_router(
             self.base_layer,
@@ -164,6 +165,23 @@ class MoExtendRouter(MoExtendLayer):
         # the adapters share one decision, which is balanced once: by the first of them that has a loss
         balancing = next((name for name in names if name in self.aux_loss.functions), names[0])
         return routing.with_weights(self._balanced(balancing, routing, weights, hidden_states.shape[:-1]))
+
+    def _check_zero3(self, hidden_states: torch.Tensor) -> None:
+        """Raise where DeepSpeed ZeRO-3 would gather the block too late, or count its gradients before they are there."""
+        parameter = next(self.base_layer.parameters())
+        if not hasattr(parameter, "ds_id"):
+            return
+        if not hasattr(parameter, "ds_z3_leaf_module"):
+            raise RuntimeError(
+                f"DeepSpeed ZeRO-3 has to gather '{self.block.name}' as a whole, since MoExtend runs its router with further "
+                "rows. Name its class: zero_optimization={'leaf_module': {'classes': [...]}} in the config of DeepSpeed, or "
+                "deepspeed_moe_layer_cls_names in that of accelerate."
+            )
+        if self.training and torch.is_grad_enabled() and not hidden_states.requires_grad:
+            raise RuntimeError(
+                f"DeepSpeed ZeRO-3 takes the gradients of '{self.block.name}' when that of its input is there, but its input "
+                "has none, so new experts would get zeros. Call model.enable_input_require_grads() before training."
+            )
 
     def _with_corrections(self, argument: Any, gates: list[GateRows]) -> Any:
         """An argument of the router; the correction of the block gets entries for the new experts."""
@@ -265,7 +283,7 @@ class MoExtendExperts(MoExtendLayer):
             return self.base_layer(hidden_states, top_k_index, top_k_weights)  # type: ignore[no-any-return]
         start = self.block.num_experts
         is_eager = not torch.compiler.is_compiling()
-        needs_gradient = self.training and torch.is_grad_enabled()
+        needs_gradient = any(_learns(self.moextend_experts[name]) for name in names)
         if is_eager and not needs_gradient and not bool((top_k_index >= start).any()):
             return self.base_layer(hidden_states, top_k_index, top_k_weights)  # type: ignore[no-any-return]
         if not is_eager:
@@ -321,7 +339,7 @@ class MoExtendExperts(MoExtendLayer):
         token, slot = is_mine.nonzero(as_tuple=True)
         is_idle = token.numel() == 0
         if is_idle:
-            if not (self.training and torch.is_grad_enabled() and index.shape[0]):
+            if not (_learns(experts) and index.shape[0]):
                 return output
             # one token with weight 0: each rank of a distributed run takes part in every expert's gradient
             token = slot = torch.zeros(1, dtype=torch.int64, device=index.device)
@@ -332,3 +350,8 @@ class MoExtendExperts(MoExtendLayer):
             hidden_states[token].to(dtype), index[token, slot, None], (weight * 0 if is_idle else weight).to(dtype)
         )
         return output.index_add(0, token, new.to(output.dtype))
+
+
+def _learns(experts: nn.Module) -> bool:
+    """Whether this pass owes their parameters a gradient; some train a model in evaluation mode, without dropout."""
+    return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in experts.parameters())

@@ -15,6 +15,7 @@ from torch import nn
 from ...pretrained_moe import BASE, MoeBlock, base_of, find_moe_blocks, probe
 from ...pretrained_moe.blocks import EXPERTS_NAME
 from ..base import MoeTuner
+from ..structure import is_sharded
 from .calibration import measure_scoring
 from .config import MoExtendConfig
 from .enlarge import check_enlargeable, enlarge, plan_pads
@@ -67,13 +68,15 @@ class MoExtendModel(MoeTuner):
 
     def _prepare_adapter_config(self, peft_config: MoExtendConfig, model_config: dict[str, Any]) -> MoExtendConfig:
         """Find the blocks and check everything before the first one is touched."""
+        self._check_whole()
         self._blocks = self._wanted_blocks(peft_config)
         for block in self._blocks:
             self._check_block(peft_config, block)
         found = {block.layer: block.num_experts for block in self._blocks}
         if peft_config.base_num_experts is not None and peft_config.base_num_experts != found:
             raise ValueError(
-                f"The adapter was made for a base model with these experts per layer: {peft_config.base_num_experts}; "
+                "The adapter was made for a base model with these experts per layer (base_num_experts): "
+                f"{peft_config.base_num_experts}; "
                 f"{type(self.model).__name__} has {found}. Load the base model that its adapter_config.json names."
             )
         is_new = peft_config.base_num_experts is None
@@ -84,6 +87,15 @@ class MoExtendModel(MoeTuner):
         self._announce_sources(peft_config)
         peft_config.target_modules = {name for block in self._blocks for name in (block.router, block.experts)}  # type: ignore[assignment]
         return peft_config
+
+    def _check_whole(self) -> None:
+        sharded = [name for name, p in self.model.named_parameters() if is_sharded(p) or hasattr(p, "ds_id")]
+        if sharded:
+            raise ValueError(
+                f"{type(self.model).__name__} is spread over processes ({len(sharded)} parameters, for example "
+                f"'{sharded[0]}'), so that no expert can be copied. Load the base model whole (without distributed_config, "
+                "and before TrainingArguments that name DeepSpeed ZeRO-3), make the PeftModel, and share that out."
+            )
 
     def _wanted_blocks(self, config: MoExtendConfig) -> list[MoeBlock]:
         blocks, refused = find_moe_blocks(self.model)

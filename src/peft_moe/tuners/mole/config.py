@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from ...all_processes import SCOPES
 from ...losses import AUX_LOSS_TYPES
 from ...routing.top_k import GATE_SCALES
 from ..experts_config import (
@@ -73,6 +74,10 @@ class MoLEConfig(LoraExpertsConfig):
             effect: every expert is always used. With `soft` it counts the best expert of each token.
         router_aux_loss_type (`"switch"`, `"pooled"` or `"mole"`):
             Its form, see [`~peft_moe.losses.load_balancing_loss`]. `"mole"` is that of the released code.
+        router_aux_loss_scope (`"process"` or `"global"`):
+            Whose tokens are balanced in a distributed run: those of each process by itself, or those of all processes in
+            the same forward pass, by one small all-reduce. `"global"` lets a process specialise on the kind of data that
+            it happens to get, and is not for `"mole"`, which balances each sample by itself.
         router_z_loss_coef (`float`):
             Weight of the router z-loss. 0 turns it off.
         num_experts_pattern (`dict[str, int]`):
@@ -91,6 +96,8 @@ class MoLEConfig(LoraExpertsConfig):
             (for tests).
         kernel_backend (`str`):
             What computes the experts: `"auto"` or the name of a backend, see [`peft_moe.kernels.explain`].
+        checkpoint_format (`int`):
+            Format of the saved adapter; leave as it is.
 
     Example:
 
@@ -129,12 +136,25 @@ class MoLEConfig(LoraExpertsConfig):
     router_aux_loss_type: Literal["switch", "pooled", "mole"] = field(
         default="switch", metadata={"help": "Form of the load-balancing loss."}
     )
+    router_aux_loss_scope: Literal["process", "global"] = field(
+        default="process", metadata={"help": "Balance the tokens of each process, or those of all processes."}
+    )
     router_z_loss_coef: float = field(default=0.0, metadata={"help": "Weight of the router z-loss."})
     num_experts_pattern: dict[str, int] = field(
         default_factory=dict, metadata={"help": "Other numbers of experts for MLPs whose name matches."}
     )
 
     method: ClassVar[str] = "MoLE"
+    paper_url: ClassVar[str] = "https://huggingface.co/papers/2401.16160"
+    card_fields: ClassVar[tuple[str, ...]] = (
+        "num_experts",
+        "top_k",
+        "soft",
+        "gate_scale",
+        "router_scope",
+        "r",
+        "lora_alpha",
+    )
     name_fields: ClassVar[tuple[str, ...]] = (*LoraExpertsConfig.name_fields, "lora_target_modules")
     pattern_fields: ClassVar[tuple[str, ...]] = ("num_experts_pattern", *LoraExpertsConfig.pattern_fields)
     flag_fields: ClassVar[tuple[str, ...]] = (
@@ -175,6 +195,7 @@ class MoLEConfig(LoraExpertsConfig):
                 "gate_scale": GATE_SCALES,
                 "router_scope": ("mlp", "module"),
                 "router_aux_loss_type": AUX_LOSS_TYPES,
+                "router_aux_loss_scope": SCOPES,
             },
         )
         problems += float32_problems(self, "router_dtype")
@@ -182,6 +203,11 @@ class MoLEConfig(LoraExpertsConfig):
             problems.append(
                 f"router_aux_loss_type={self.router_aux_loss_type!r} pools all routers and needs the same number of "
                 "experts everywhere. Use 'switch' together with num_experts_pattern."
+            )
+        if self.router_aux_loss_scope == "global" and self.router_aux_loss_type == "mole":
+            problems.append(
+                "router_aux_loss_scope='global' has no meaning with router_aux_loss_type='mole', which balances each sample "
+                "by itself. Use 'switch' or 'pooled', or leave router_aux_loss_scope out."
             )
         return problems
 

@@ -135,8 +135,8 @@ class MoLELayer(LoraExpertsLayer):
             merged = weight.data + self.get_delta_weight(adapter_name).to(weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(
-                    f"Merging the adapter {adapter_name!r} into '{self.name}' would give weights that are not finite. "
-                    "The adapter is broken; nothing was merged here."
+                    f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: '{self.name}' "
+                    "would get weights that are not finite, so nothing was merged here."
                 )
             weight.data = merged
             self.merged_adapters.append(adapter_name)

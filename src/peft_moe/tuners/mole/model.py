@@ -37,7 +37,9 @@ class MoLEModel(LoraExpertsModel):
         linear_names = text_linear_names(self.model)
         if peft_config.target_modules is None:
             blocks = find_blocks(linear_names, MLP_BLOCKS)
-            peft_config.target_modules = self._select([name for block in blocks.values() for name in block])
+            peft_config.target_modules = self._select(
+                [name for block in blocks.values() for name in block], peft_config
+            )
             if not peft_config.target_modules:
                 raise ValueError(
                     f"MoLE found no MLP in {type(self.model).__name__}. It looks for linears with usual names such as "
@@ -55,7 +57,7 @@ class MoLEModel(LoraExpertsModel):
             return None
         blocks = find_blocks(linear_names, ATTENTION_BLOCKS)
         names = [name for block in blocks.values() for name in block if not is_target(peft_config, name)]
-        return self._select(names) or None
+        return self._select(names, peft_config) or None
 
     def _prepare_model(self, peft_config: MoLEConfig, model: nn.Module) -> None:
         """Check every target before the first one is touched, and find out which linears form an MLP."""

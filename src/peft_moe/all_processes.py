@@ -1,0 +1,87 @@
+"""Load balancing over the tokens of all processes of a distributed run, where a configuration asks for it.
+
+A load-balancing loss is a function of sums over tokens. For `router_aux_loss_scope="global"` the sums of the other
+processes are added before the function is applied. They come by one all-reduce at the end of the forward pass: in backward
+it could meet those of data parallelism in another order on each process. Gradients flow to the tokens of the own process
+only; each process contributes its part, and data parallelism adds the parts up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+
+from .losses import RoutingStatistics
+from .recording import ForwardPass
+
+
+SCOPES = ("process", "global")
+
+
+def num_processes() -> int:
+    """Processes of the distributed run, 1 if there is none."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def exchange(
+    forward_pass: ForwardPass, adapter_names: Iterable[str], label_share: torch.Tensor | float
+) -> torch.Tensor:
+    """Note in `forward_pass` what the routers of these adapters recorded on the other processes.
+
+    Args:
+        forward_pass (`ForwardPass`): a finished one; every process has to be here with one of its own.
+        adapter_names (`Iterable[str]`): those whose loss is over all processes.
+        label_share (`torch.Tensor` or `float`): share of this pass in what the loss divides by.
+
+    Returns:
+        `torch.Tensor`: the mean label share of the processes, a scalar. All of them have to give one common loss one weight.
+    """
+    own = {
+        (adapter, router): _summed(entry)
+        for adapter in adapter_names
+        for router, entry in forward_pass.records[adapter].items()
+    }
+    device = next(iter(own.values())).num_tokens.device
+    share = torch.as_tensor(label_share, dtype=torch.float32, device=device).reshape(1)
+    parts = [part.to(device) for entry in own.values() for part in _parts(entry)] + [share]
+    totals = torch.cat([part.flatten() for part in parts])
+    dist.all_reduce(totals)
+    found = iter(totals.split([part.numel() for part in parts]))
+    for (adapter, router), entry in own.items():
+        others = [next(found).view_as(part).to(part.device) - part for part in _parts(entry)]
+        forward_pass.aux_loss.elsewhere.setdefault(adapter, {})[router] = RoutingStatistics(*others)
+    return totals[-1] / num_processes()
+
+
+def with_other_processes(
+    forward_pass: ForwardPass, adapter_name: str, by_router: dict[str, RoutingStatistics]
+) -> list[RoutingStatistics]:
+    """The statistics that the loss of an adapter is a function of, one entry per router.
+
+    Those of this process, or sums over all samples `(1, E)` of all processes where [`exchange`] noted them. Gradients to
+    `by_router` are then multiplied by the number of processes, by which data parallelism divides.
+    """
+    elsewhere = forward_pass.aux_loss.elsewhere.get(adapter_name)
+    if elsewhere is None:
+        return list(by_router.values())
+    return [_added(_summed(entry), elsewhere[router]) for router, entry in by_router.items()]
+
+
+def _parts(entry: RoutingStatistics) -> tuple[torch.Tensor, ...]:
+    return entry.expert_counts, entry.probability_sums, entry.squared_logsumexp_sums, entry.num_tokens
+
+
+def _summed(entry: RoutingStatistics) -> RoutingStatistics:
+    return RoutingStatistics(*(part.sum(dim=0, keepdim=True) for part in _parts(entry)))
+
+
+def _added(own: RoutingStatistics, others: RoutingStatistics) -> RoutingStatistics:
+    factor = num_processes()
+    return RoutingStatistics(
+        *(
+            factor * part - (factor - 1) * part.detach() + other
+            for part, other in zip(_parts(own), _parts(others), strict=True)
+        )
+    )

@@ -1,0 +1,118 @@
+"""The `Trainer` under DDP, DeepSpeed ZeRO-2 and ZeRO-3 and transformers' own FSDP: as in one process, by the same rows.
+
+The configurations are those of `examples/accelerate_configs`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import parallel_cases
+import pytest
+import torch
+import train_trainer
+from fetch_deepspeed import deepspeed_packages
+from launching import launch
+from parallel_cases import rows
+from peft import PeftModel
+
+from aux_by_hand import aux_by_hand
+from tiny_models import tiny_llama
+from tiny_moe import BY_NAME
+
+
+pytestmark = pytest.mark.slow
+SCRIPT = Path(__file__).parent / "train_trainer.py"
+CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate_configs"
+NAMES = ("mole", "mole-task-only", "mocle", "moextend", "moextend-task-only")
+SHARING = {"zero2": "ZeRO-2", "zero3": "ZeRO-3 partitioned"}
+
+
+def launch_zero(folder: Path, stage: str, *names: str) -> list[dict]:
+    try:
+        packages = deepspeed_packages()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    options = json.dumps({"accumulation": 2, "resumes": True})
+    return launch(SCRIPT, folder, 2, options, *names, paths=[packages], accelerate=CONFIGS / f"{stage}.yaml")
+
+
+def flat(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([tensors[name].flatten().double() for name in sorted(tensors)])
+
+
+def assert_as_in_one_process(found: dict, folder: Path, name: str, **options) -> None:
+    single = train_trainer.run(folder, name, {"accumulation": 4, **options})
+    assert single["processes"] == 1 and found["processes"] == 2
+    moved = (flat(single["weights"]) - flat(single["before"])).norm()
+    assert moved > 1e-3
+    assert (flat(found["weights"]) - flat(single["weights"])).norm() < 1e-5 * moved
+    assert found["losses"] == pytest.approx(single["losses"], abs=1e-5)
+
+
+def ratio_of_aux_loss(found: dict, task_only: dict, name: str) -> float:
+    """Gradient of the auxiliary loss in the first step over the one computed by hand, in norm."""
+    step = [(run["before"], run["first"]) for run in (found, task_only)]
+    with_aux, without = (flat(before) - flat(after) for before, after in step)
+    effect = (with_aux - without) / 0.1
+    model = getattr(parallel_cases, name)(0.0).train()
+    batches = [{key: value[None] for key, value in row.items()} for row in rows(name, 4)]
+    labels = torch.stack([batch["labels"][:, 1:].ne(-100).sum() for batch in batches])
+    total = sum(share * aux_by_hand(model, batch) for share, batch in zip(labels / labels.sum(), batches, strict=True))
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    gradients = torch.autograd.grad(total, list(trained.values()), allow_unused=True, materialize_grads=True)
+    expected = flat(dict(zip(trained, gradients, strict=True)))
+    assert torch.nn.functional.cosine_similarity(effect, expected, dim=0) == pytest.approx(1.0, abs=1e-4)
+    return (effect.norm() / expected.norm()).item()
+
+
+def assert_saved_adapter_is_whole(found: dict, folder: Path, name: str) -> None:
+    base = BY_NAME["mixtral"].build() if name == "moextend" else tiny_llama()
+    loaded = dict(
+        PeftModel.from_pretrained(base, folder / name / "checkpoint-2", is_trainable=True).named_parameters()
+    )
+    assert found["weights"].keys() <= loaded.keys()
+    assert all(torch.equal(loaded[key], weight) for key, weight in found["weights"].items())
+
+
+def test_zero3_trains_mole_like_one_process_and_resumes(tmp_path):
+    first, second = launch_zero(tmp_path / "two", "zero3", "mole", "mole-task-only")
+    for found in (first["mole"], second["mole"]):
+        assert found["sharing"] == "ZeRO-3 partitioned"
+        assert torch.equal(flat(found["weights"]), flat(found["resumed"]))
+    assert torch.equal(flat(first["mole"]["weights"]), flat(second["mole"]["weights"]))
+    assert_as_in_one_process(first["mole"], tmp_path / "one", "mole")
+    assert ratio_of_aux_loss(first["mole"], first["mole-task-only"], "mole") == pytest.approx(1.0, abs=1e-2)
+    assert_saved_adapter_is_whole(first["mole"], tmp_path / "two", "mole")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("stage", SHARING)
+def test_zero_trains_every_method_like_one_process_and_resumes(tmp_path, stage):
+    found, _ = launch_zero(tmp_path / "two", stage, *NAMES)
+    for name in ("mole", "mocle", "moextend"):
+        assert found[name]["sharing"] == SHARING[stage]
+        assert torch.equal(flat(found[name]["weights"]), flat(found[name]["resumed"]))
+        assert_as_in_one_process(found[name], tmp_path / "one", name)
+        assert_saved_adapter_is_whole(found[name], tmp_path / "two", name)
+    assert ratio_of_aux_loss(found["mole"], found["mole-task-only"], "mole") == pytest.approx(1.0, abs=1e-2)
+
+
+@pytest.mark.exhaustive
+def test_ddp_by_accelerate_trains_like_one_process_with_a_smaller_last_batch(tmp_path):
+    options = {"accumulation": 1, "batch_size": 2, "rows": 7}
+    names = ("mole", "mocle", "moextend")
+    found, _ = launch(SCRIPT, tmp_path / "two", 2, json.dumps(options), *names, accelerate=CONFIGS / "ddp.yaml")
+    for name in names:
+        assert found[name]["sharing"] == "DistributedDataParallel"
+        assert_as_in_one_process(found[name], tmp_path / "one", name, **{**options, "accumulation": 2})
+
+
+@pytest.mark.exhaustive
+def test_fsdp_of_transformers_trains_mole_like_one_process(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    options = {"accumulation": 2, "base": str(tmp_path / "base"), "layout": {"fsdp_size": 2}}
+    found, _ = launch(SCRIPT, tmp_path / "two", 2, json.dumps(options), "mole")
+    assert found["mole"]["sharing"].endswith("of DTensor")
+    assert_as_in_one_process(found["mole"], tmp_path / "one", "mole")

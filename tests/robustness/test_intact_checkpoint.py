@@ -1,0 +1,385 @@
+"""`find_intact_checkpoint` takes what is whole and says what is wrong with the rest; the callback's manifest vouches."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from trained import checkpoints, trainer
+
+from peft_moe import ExpertLoadCallback, IntactCheckpointCallback, find_intact_checkpoint
+from peft_moe.checkpoints import MANIFEST_FILE
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> dict[str, Path]:
+    """Output folders with the checkpoints of steps 2 and 4."""
+    root = tmp_path_factory.mktemp("trained")
+    trainer(root / "plain").train()
+    trainer(root / "marked", IntactCheckpointCallback(), ExpertLoadCallback()).train()
+    trainer(root / "adapters", adapters=("first", "second")).train()
+    trainer(root / "full", full=True, save_only_model=True).train()
+    return {folder.name: folder for folder in root.iterdir()}
+
+
+@pytest.fixture
+def copy(trained, tmp_path):
+    """A copy to damage of one of these folders."""
+
+    def make(name: str) -> Path:
+        return Path(shutil.copytree(trained[name], tmp_path / name))
+
+    return make
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def halve(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def zero(path: Path) -> None:
+    """What a machine that went down can leave: the right size and nothing in it."""
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def lengthen(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+def flip(path: Path, position: int | None = None) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 if position is None else position] ^= 0x10
+    path.write_bytes(content)
+
+
+def to_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def to_pipe(path: Path) -> None:
+    """Opening it would wait for ever."""
+    path.unlink()
+    os.mkfifo(path)
+
+
+FILES = ["adapter_model.safetensors", "adapter_config.json", "optimizer.pt", "scheduler.pt", "rng_state.pth",
+         "trainer_state.json"]  # fmt: skip
+DAMAGE = [Path.unlink, halve, empty, zero, to_folder, to_pipe]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda function: function.__name__)
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("folder", ["plain", "marked"])
+def test_damaged_checkpoint_is_skipped_and_the_file_named(folder, name, damage, copy, caplog):
+    output_dir = copy(folder)
+    assert find_intact_checkpoint(output_dir) == str(output_dir / "checkpoint-4")
+    caplog.clear()
+    damage(output_dir / "checkpoint-4" / name)
+    assert find_intact_checkpoint(output_dir) == str(output_dir / "checkpoint-2")
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert f"'{output_dir / 'checkpoint-4'}', which is not whole" in record.getMessage()
+    assert name in record.getMessage()
+
+
+@pytest.mark.parametrize("damage", [cut, lengthen, flip])
+@pytest.mark.parametrize("name", [*FILES, "README.md", "training_args.bin", "expert_load.json"])
+def test_a_manifest_shows_a_single_wrong_byte_in_any_file(name, damage, copy, caplog):
+    output_dir = copy("marked")
+    damage(output_dir / "checkpoint-4" / name)
+    assert find_intact_checkpoint(output_dir) == str(output_dir / "checkpoint-2")
+    assert f"{name} has" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (halve, "checkpoint_manifest.json cannot be read"),
+        (lambda path: path.write_text("[]"), "checkpoint_manifest.json holds no dictionary"),
+        (lambda path: path.write_text("{}"), "cannot read its checkpoint_manifest.json"),
+        (
+            lambda path: path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 2')),
+            "cannot",
+        ),
+        (lambda path: path.write_text(path.read_text().replace('"size"', '"length"')), "cannot read its"),
+        (lambda path: shutil.copy(path.parent.parent / "checkpoint-2" / path.name, path), "is of step 2"),
+        (lambda path: path.write_text("[" * 100_000), "checkpoint_manifest.json cannot be read"),
+    ],
+    ids=["half", "list", "nothing", "newer-format", "other-entries", "of-another-step", "bottomless"],
+)
+def test_a_manifest_that_is_none_is_named(change, message, copy, caplog):
+    output_dir = copy("marked")
+    change(output_dir / "checkpoint-4" / MANIFEST_FILE)
+    assert find_intact_checkpoint(output_dir) == str(output_dir / "checkpoint-2")
+    assert message in caplog.text
+
+
+def test_a_checkpoint_without_manifest_counts_unless_one_is_required(copy, caplog):
+    output_dir = copy("marked")
+    (output_dir / "checkpoint-4" / MANIFEST_FILE).unlink()
+    assert find_intact_checkpoint(output_dir) == str(output_dir / "checkpoint-4")
+    assert find_intact_checkpoint(output_dir, require_manifest=True) == str(output_dir / "checkpoint-2")
+    assert "it has no checkpoint_manifest.json" in caplog.text
+
+
+def test_where_nothing_is_whole_there_is_no_checkpoint(copy, tmp_path, caplog):
+    assert find_intact_checkpoint(tmp_path / "not made yet") is None
+    output_dir = copy("plain")
+    for step in (2, 4):
+        empty(output_dir / f"checkpoint-{step}" / "trainer_state.json")
+    assert find_intact_checkpoint(output_dir) is None
+    assert len(caplog.records) == 2
+
+
+def test_steps_are_compared_as_numbers_and_other_names_are_left_alone(copy):
+    output_dir = copy("plain")
+    for name, step in (("checkpoint-10", 10), ("checkpoint-99-old", 99)):
+        folder = Path(shutil.copytree(output_dir / "checkpoint-4", output_dir / name))
+        state = json.loads((folder / "trainer_state.json").read_text())
+        (folder / "trainer_state.json").write_text(json.dumps({**state, "global_step": step}))
+    (output_dir / "checkpoint-11").write_text("a file")
+    assert find_intact_checkpoint(output_dir) == str(output_dir / "checkpoint-10")
+
+
+def test_states_of_the_processes_of_one_node_need_not_begin_at_0(copy):
+    checkpoint = copy("plain") / "checkpoint-4"
+    shutil.copy(checkpoint / "rng_state.pth", checkpoint / "rng_state_9.pth")
+    (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_8.pth")
+    assert find_intact_checkpoint(checkpoint.parent) == str(checkpoint)
+
+
+def test_a_state_of_another_step_is_a_mixture(copy, caplog):
+    output_dir = copy("plain")
+    shutil.copy(output_dir / "checkpoint-2" / "trainer_state.json", output_dir / "checkpoint-4")
+    assert find_intact_checkpoint(output_dir) == str(output_dir / "checkpoint-2")
+    assert "trainer_state.json is of step 2" in caplog.text
+
+
+def as_if_of_three_processes(folder: Path) -> None:
+    shutil.copy(folder / "rng_state.pth", folder / "rng_state_0.pth")
+    (folder / "rng_state.pth").rename(folder / "rng_state_2.pth")
+
+
+def as_if_of_deepspeed(folder: Path) -> None:
+    (folder / "global_step4").mkdir()
+
+
+def as_if_of_fsdp(folder: Path) -> None:
+    (folder / "pytorch_model_fsdp_0").mkdir()
+
+
+def without_optimizer(folder: Path) -> None:
+    for name in ("optimizer.pt", "scheduler.pt"):
+        (folder / name).unlink()
+
+
+def without_a_kind(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text('{"r": 2}')
+
+
+def without_weights(folder: Path) -> None:
+    for path in folder.glob("adapter_*"):
+        path.unlink()
+
+
+def of_a_bare_archive(folder: Path) -> None:
+    with zipfile.ZipFile(folder / "optimizer.pt", "w") as archive:
+        archive.writestr("notes.txt", "no tensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (as_if_of_three_processes, "rng_state_1.pth missing"),
+        (as_if_of_deepspeed, "FSDP or DeepSpeed has written it, and without checkpoint_manifest.json"),
+        (as_if_of_fsdp, "FSDP or DeepSpeed has written it"),
+        (without_optimizer, "optimizer.pt and scheduler.pt missing"),
+        (without_a_kind, "adapter_config.json names no peft_type"),
+        (without_weights, "checkpoint-4 holds no weights, such as adapter_model.safetensors"),
+        (of_a_bare_archive, "optimizer.pt is no file of torch.save"),
+    ],
+    ids=lambda value: value.__name__.replace("_", "-") if callable(value) else "",
+)
+def test_what_is_no_whole_checkpoint_is_said(change, message, copy, caplog):
+    output_dir = copy("plain")
+    change(output_dir / "checkpoint-4")
+    assert find_intact_checkpoint(output_dir) == str(output_dir / "checkpoint-2")
+    assert message in caplog.text
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_every_one_of_several_adapters_has_to_be_there(name, copy, caplog):
+    output_dir = copy("adapters")
+    assert find_intact_checkpoint(output_dir) == str(output_dir / "checkpoint-4")
+    (output_dir / "checkpoint-4" / "second" / name).unlink()
+    assert find_intact_checkpoint(output_dir) == str(output_dir / "checkpoint-2")
+    assert len(caplog.records) == 1
+
+
+def shard(folder: Path) -> None:
+    """Split the weights over two files, as a large model has them."""
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    weight_map = {name: f"model-0000{1 + number % 2}-of-00002.safetensors" for number, name in enumerate(tensors)}
+    for file in set(weight_map.values()):
+        part = {name: tensor for name, tensor in tensors.items() if weight_map[name] == file}
+        safetensors.torch.save_file(part, folder / file, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors").unlink()
+
+
+SHARD = "model-00002-of-00002.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: (folder / SHARD).unlink(), f"{SHARD} is missing"),
+        (lambda folder: cut(folder / SHARD), f"{SHARD} cannot be read"),
+        (lambda folder: shutil.copy(folder / SHARD.replace("2-of", "1-of"), folder / SHARD), f"{SHARD} lacks"),
+        (lambda folder: (folder / "model.safetensors.index.json").write_text("{}"), "has no weight_map"),
+        (
+            lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}'),
+            "has no weight_map",
+        ),
+    ],
+    ids=["missing", "cut", "of-other-tensors", "index-of-nothing", "index-of-numbers"],
+)
+def test_every_shard_of_a_model_has_to_be_there(change, message, copy, caplog):
+    output_dir = copy("full")
+    shard(output_dir / "checkpoint-4")
+    assert find_intact_checkpoint(output_dir) == str(output_dir / "checkpoint-4")
+    change(output_dir / "checkpoint-4")
+    assert find_intact_checkpoint(output_dir) == str(output_dir / "checkpoint-2")
+    assert message in caplog.text
+
+
+class Evil:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("archived", [True, False], ids=["archive", "bare-pickle"])
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "adapter_model.bin"])
+def test_no_pickle_is_loaded(name, archived, copy, tmp_path):
+    output_dir = copy("plain")
+    content = io.BytesIO()
+    torch.save(Evil(tmp_path / "pwned"), content, _use_new_zipfile_serialization=archived)
+    (output_dir / "checkpoint-4" / name).write_bytes(content.getvalue())
+    expected = "checkpoint-4" if archived else "checkpoint-2"
+    assert find_intact_checkpoint(output_dir) == str(output_dir / expected)
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.exhaustive
+@pytest.mark.slow
+def test_a_wrong_byte_in_a_state_is_found_or_harmless_or_refused_by_torch(copy):
+    output_dir = copy("plain")
+    path = output_dir / "checkpoint-4" / "scheduler.pt"
+    good, expected, num_found = path.read_bytes(), torch.load(path), 0
+    for position in range(0, len(good), 5):
+        flip(path, position)
+        if find_intact_checkpoint(output_dir) == str(output_dir / "checkpoint-2"):
+            num_found += 1
+        else:
+            try:
+                assert torch.load(path) == expected
+            except (RuntimeError, ValueError, pickle.UnpicklingError):
+                pass  # a part of the header that only torch reads
+        path.write_bytes(good)
+    assert num_found
+
+
+def test_marked_checkpoint_holds_all_files_and_training_resumes_from_it(trained, tmp_path):
+    manifest = json.loads((trained["marked"] / "checkpoint-4" / MANIFEST_FILE).read_text())
+    present = {path.name for path in (trained["marked"] / "checkpoint-4").iterdir()} - {MANIFEST_FILE}
+    assert set(manifest["files"]) == present >= {*FILES, "expert_load.json", "README.md"}
+    shutil.copytree(trained["marked"] / "checkpoint-2", tmp_path / "checkpoint-2")
+    resumed = trainer(tmp_path, IntactCheckpointCallback())
+    resumed.train(resume_from_checkpoint=find_intact_checkpoint(tmp_path))
+    found = safetensors.torch.load_file(tmp_path / "checkpoint-4" / "adapter_model.safetensors")
+    expected = safetensors.torch.load_file(trained["plain"] / "checkpoint-4" / "adapter_model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_saving_again_into_a_marked_checkpoint_is_no_mixture_at_any_time(copy, caplog):
+    output_dir = copy("marked")
+    # a run from the start that was killed when it had saved other weights, and not yet the rest
+    path = output_dir / "checkpoint-4" / "adapter_model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    safetensors.torch.save_file(
+        {name: tensor + 1 for name, tensor in tensors.items()}, path, metadata={"format": "pt"}
+    )
+    assert find_intact_checkpoint(output_dir) == str(output_dir / "checkpoint-2")
+    assert "other content than when it was saved" in caplog.text
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(1, [6]), (2, [4, 6]), (None, [2, 4, 6])])
+def test_the_callback_keeps_the_newest(limit, kept, tmp_path):
+    trainer(tmp_path, IntactCheckpointCallback(save_total_limit=limit), max_steps=6).train()
+    assert checkpoints(tmp_path) == [f"checkpoint-{step}" for step in kept]
+
+
+def test_the_callback_keeps_the_best(tmp_path):
+    settings = {
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "loss",
+        "greater_is_better": True,  # the untrained one
+        "max_steps": 6,
+    }
+    trained = trainer(tmp_path, IntactCheckpointCallback(save_total_limit=1), **settings)
+    trained.train()
+    assert trained.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+    assert checkpoints(tmp_path) == ["checkpoint-2", "checkpoint-6"]
+
+
+def test_what_a_killed_run_has_left_goes_first(copy):
+    output_dir = copy("marked")
+    shutil.copytree(output_dir / "checkpoint-4", output_dir / "checkpoint-8")
+    (output_dir / "checkpoint-8" / MANIFEST_FILE).unlink()
+    (output_dir / "checkpoint-8" / "trainer_state.json").unlink()
+    resumed = trainer(output_dir, IntactCheckpointCallback(save_total_limit=2), max_steps=6)
+    resumed.train(resume_from_checkpoint=find_intact_checkpoint(output_dir))
+    assert checkpoints(output_dir) == ["checkpoint-4", "checkpoint-6"]
+
+
+def test_a_limit_of_the_trainer_is_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"save_total_limit=3, which deletes.*IntactCheckpointCallback\(save_total_li"
+    ):
+        trainer(tmp_path, IntactCheckpointCallback(), save_total_limit=3).train()
+    with pytest.raises(ValueError, match="save_total_limit must be at least 1, or None to keep all, but is 0"):
+        IntactCheckpointCallback(save_total_limit=0)
+
+
+def test_a_hyperparameter_search_is_refused(tmp_path):
+    searched = trainer(tmp_path, IntactCheckpointCallback())
+    control, state = searched.control, searched.state
+    state.is_hyper_param_search = True
+    with pytest.raises(ValueError, match="does not know the folders of a hyperparameter search"):
+        searched.callback_handler.on_train_begin(searched.args, state, control)

@@ -1,0 +1,106 @@
+"""A training that is killed while it saves is taken up from the newest whole checkpoint, and ends with equal weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import peft_moe
+
+
+SCRIPT = Path(__file__).parent / "train_and_die.py"
+UNINTERRUPTED = {"name": "uninterrupted", "callback": True, "limit": None, "die_at": None, "when": None}
+
+
+def job(name: str, when: str, *, callback: bool = True) -> dict[str, Any]:
+    title = f"{when} {name} {'with' if callback else 'without'} callback"
+    return {"name": title, "callback": callback, "limit": 1, "die_at": name, "when": when}
+
+
+def at(name: str, when: str, step: int, *, callback: bool = True, more: bool = False) -> Any:
+    """A point to die at, and the newest checkpoint that is whole then; `more` for what others show already."""
+    killed = job(name, when, callback=callback)
+    return pytest.param(killed, step, id=killed["name"], marks=[pytest.mark.exhaustive] if more else [])
+
+
+def run(jobs: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
+    """What the script says about each job."""
+    jobs = [{**entry, "folder": str(folder / str(number))} for number, entry in enumerate(jobs)]
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    environment = {**os.environ, "PYTHONPATH": str(Path(peft_moe.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(SCRIPT), str(folder / "jobs.json"), str(folder / "results.json")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((folder / "results.json").read_text())
+    return {"stderr": done.stderr, **found}
+
+
+FOUR = "checkpoint-4"
+KILLED = [
+    at(f"{FOUR}/adapter_model.safetensors", "before", 2, more=True),
+    at(f"{FOUR}/adapter_model.safetensors", "middle of", 2),
+    at(f"{FOUR}/adapter_model.safetensors", "after", 2, more=True),
+    at(f"{FOUR}/training_args.bin", "middle of", 2, more=True),
+    at(f"{FOUR}/optimizer.pt", "middle of", 2),
+    at(f"{FOUR}/optimizer.pt", "after", 2, more=True),
+    at(f"{FOUR}/scheduler.pt", "middle of", 2, more=True),
+    at(f"{FOUR}/rng_state.pth", "middle of", 2, more=True),
+    at(f"{FOUR}/rng_state.pth", "after", 2, more=True),
+    at(f"{FOUR}/trainer_state.json", "middle of", 2),
+    at(f"{FOUR}/trainer_state.json", "after", 4, more=True),
+    at(f"{FOUR}/checkpoint_manifest.json.tmp", "middle of", 4),
+    at(f"{FOUR}/checkpoint_manifest.json", "before", 4, more=True),
+    at(f"{FOUR}/checkpoint_manifest.json", "after", 4, more=True),
+    # the rotation of the callback
+    at("checkpoint-2", "before", 4, more=True),
+    at("checkpoint-2", "middle of", 4),
+    at("checkpoint-2", "after", 4, more=True),
+    # that of Trainer, after trainer_state.json
+    at(f"{FOUR}/adapter_model.safetensors", "middle of", 2, callback=False, more=True),
+    at(f"{FOUR}/optimizer.pt", "after", 2, callback=False, more=True),
+    at(f"{FOUR}/trainer_state.json", "after", 4, callback=False),
+    at("checkpoint-2", "middle of", 4, callback=False, more=True),
+]
+
+
+@pytest.fixture(scope="module")
+def results(request, tmp_path_factory) -> dict[str, Any]:
+    """What became of the jobs of all tests that run."""
+    items = [item for item in request.session.items if item.fspath == request.fspath]
+    jobs = [item.callspec.params["killed"] for item in items if "killed" in getattr(item, "fixturenames", ())]
+    return run([UNINTERRUPTED, *jobs], tmp_path_factory.mktemp("killed"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("killed", "step"), KILLED)
+def test_killed_at_a_point_of_a_save(killed, step, results):
+    found = results[killed["name"]]
+    assert found["died"] == -signal.SIGKILL
+    assert found["finished"] == 0, results["stderr"]
+    assert found["resumed"] == f"checkpoint-{step}"
+    skipped = [
+        re.fullmatch(r"Skipped .*checkpoint-(\d)', which is not whole: .*\.", said)[1] for said in found["skipped"]
+    ]
+    assert skipped == (["4"] if step == 2 else [])
+    assert found["weights"] == results["uninterrupted"]["weights"]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.slow
+@pytest.mark.parametrize("callback", [True, False], ids=["callback", "plain"])
+def test_killed_at_random_times_again_and_again(callback, tmp_path):
+    jobs = [UNINTERRUPTED]
+    jobs += [{"name": str(seed), "seed": seed, "callback": callback, "limit": 2} for seed in range(8)]
+    results = run(jobs, tmp_path)
+    for seed in range(8):
+        assert results[str(seed)]["finished"] == 0, results["stderr"]
+        assert results[str(seed)]["weights"] == results["uninterrupted"]["weights"]
+    assert sum(results[str(seed)]["kills"] for seed in range(8)) > 8
