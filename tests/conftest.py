@@ -9,6 +9,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+from error_table import pytest_addoption, pytest_configure  # noqa: F401
+
 
 def pytest_collection_modifyitems(items):
     """Slow tests that share what a fixture makes for their file run in one process: elsewhere it would be made again."""

@@ -21,9 +21,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
-from peft_moe import ExpertLoadCallback, MoLEConfig
+from peft_moe import ExpertLoadCallback, IntactCheckpointCallback, MoLEConfig, find_intact_checkpoint
 from peft_moe.monitoring import ExpertLoad, plot_expert_load
 
 
@@ -135,7 +134,7 @@ def mole_config() -> MoLEConfig:
 
 
 def train(model: PeftModel, tokenizer: Any, train_set: Any, options: argparse.Namespace, output: Path) -> None:
-    """The plain Trainer; takes up the newest checkpoint if there is one."""
+    """The plain Trainer; takes up the newest checkpoint that is whole, if there is one."""
     args = TrainingArguments(
         str(output / "checkpoints"),
         max_steps=options.steps,
@@ -146,7 +145,6 @@ def train(model: PeftModel, tokenizer: Any, train_set: Any, options: argparse.Na
         warmup_steps=4,
         logging_steps=8,
         save_steps=8,
-        save_total_limit=1,
         report_to=[],
         use_cpu=not torch.cuda.is_available(),
     )
@@ -155,10 +153,9 @@ def train(model: PeftModel, tokenizer: Any, train_set: Any, options: argparse.Na
         args,
         train_dataset=train_set,
         data_collator=collator(tokenizer),
-        callbacks=[ExpertLoadCallback()],
+        callbacks=[ExpertLoadCallback(), IntactCheckpointCallback(save_total_limit=1)],
     )
-    checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=find_intact_checkpoint(args.output_dir))
 
 
 def compare_step_times(model_path: str, train_set: Any, tokenizer: Any, batch_size: int) -> dict[str, float]:

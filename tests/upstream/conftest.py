@@ -20,7 +20,7 @@ def pytest_configure(config) -> None:
     """Makes the markers of the shared tests known, which have no effect here."""
     sources = [Path(find_spec("transformers").origin).parent / "testing_utils.py"]
     try:
-        sources += (sdist_tests() / "tests").glob("test_*.py")
+        sources += (sdist_tests("transformers") / "tests").glob("test_*.py")
     except RuntimeError:
         return
     names = {name for source in sources for name in re.findall(r"\bmark\.(\w+)", source.read_text(encoding="utf-8"))}

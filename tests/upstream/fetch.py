@@ -1,7 +1,8 @@
-"""transformers' own shared tests, taken from the source distribution of the installed version into a cache outside git.
+"""The tests of transformers and of PEFT, taken from the source distributions of the installed versions into a cache
+outside git.
 
-`python tests/upstream/fetch.py` fetches them and prints their folder. The cache is `$PEFT_MOE_CACHE`, or
-`~/.cache/peft_moe`. Beside them lies `parameterized`, which they import.
+`python tests/upstream/fetch.py` fetches them and prints their folders. The cache is `$PEFT_MOE_CACHE`, or
+`~/.cache/peft_moe`. Beside each lies `parameterized`, which they import.
 """
 
 from __future__ import annotations
@@ -20,29 +21,31 @@ from pathlib import Path
 from filelock import FileLock
 
 
+PACKAGES = ("transformers", "peft")
 PARAMETERIZED = "0.9.0"
 PARAMETERIZED_SHA256 = "4e0758e3d41bea3bbd05ec14fc2c24736723f243b28d702081aef438c9372b1b"
 
 
-def sdist_tests(cache_dir: str | Path | None = None, *, download: bool = False) -> Path:
+def sdist_tests(package: str, *, cache_dir: str | Path | None = None, download: bool = False) -> Path:
     """Folder with `tests/`, as the source distribution has it, and `packages/`, to be put on the path.
 
     Args:
+        package: One of `PACKAGES`.
         cache_dir: Where it is kept. Defaults to `$PEFT_MOE_CACHE`, else `~/.cache/peft_moe`.
-        download: Fetch what is not there (11 MB).
+        download: Fetch what is not there (11 MB for transformers, 1 MB for PEFT).
 
     Raises:
         RuntimeError: It is not there and `download` is not set, or it cannot be downloaded.
     """
     cache = Path(cache_dir or os.environ.get("PEFT_MOE_CACHE") or "~/.cache/peft_moe").expanduser()
-    installed = version("transformers")
-    target = cache / f"transformers-{installed}-tests"
+    installed = version(package)
+    target = cache / f"{package}-{installed}-tests"
     if target.is_dir():
         return target
     if not download:
         raise RuntimeError(
-            f"The shared tests of transformers {installed} are not in {cache}. Run 'make test-assets', which takes them "
-            "from its source distribution."
+            f"The tests of {package} {installed} are not in {cache}. Run 'make test-assets', which takes them from its "
+            "source distribution."
         )
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / f"{target.name}.lock"):
@@ -51,7 +54,7 @@ def sdist_tests(cache_dir: str | Path | None = None, *, download: bool = False) 
         with tempfile.TemporaryDirectory(dir=cache, prefix=f"{target.name}.") as scratch:
             built = Path(scratch) / target.name
             downloads = Path(scratch) / "downloads"
-            _unpack_tests(_download(f"transformers=={installed}", "--no-binary", downloads), built)
+            _unpack_tests(_download(f"{package}=={installed}", "--no-binary", downloads), built)
             _unpack_parameterized(_download(f"parameterized=={PARAMETERIZED}", "--only-binary", downloads), built)
             built.rename(target)
     return target
@@ -84,7 +87,7 @@ def _unpack_tests(archive: Path, folder: Path) -> None:
                 with tar.extractfile(member) as source, path.open("wb") as copy:
                     shutil.copyfileobj(source, copy)
     if not (folder / "tests").is_dir():
-        raise RuntimeError(f"{archive.name} has no folder 'tests': the shared tests cannot be run for this version.")
+        raise RuntimeError(f"{archive.name} has no folder 'tests': they cannot be run for this version.")
 
 
 def _unpack_parameterized(wheel: Path, folder: Path) -> None:
@@ -102,10 +105,11 @@ def _unpack_parameterized(wheel: Path, folder: Path) -> None:
 
 def main() -> None:
     """Fetches the tests. Where they cannot be had, what needs them is skipped, so that is no error."""
-    try:
-        print(sdist_tests(download=True))
-    except RuntimeError as error:
-        print(f"{error} The tests in tests/upstream will be skipped.", file=sys.stderr)
+    for package in PACKAGES:
+        try:
+            print(sdist_tests(package, download=True))
+        except RuntimeError as error:
+            print(f"{error} The tests that need those of {package} will be skipped.", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from upstream.fetch import sdist_tests
 # accelerators have their own tests; these compare two models on the CPU
 os.environ["TRANSFORMERS_TEST_DEVICE"] = "cpu"
 
-_folder = sdist_tests()
+_folder = sdist_tests("transformers")
 __path__.append(str(_folder / "tests"))
 if importlib.util.find_spec("parameterized") is None:
     sys.path.append(str(_folder / "packages"))

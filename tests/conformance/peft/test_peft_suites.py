@@ -1,0 +1,108 @@
+"""PEFT's own tests over our tuners, with LoRA as the control: what LoRA passes, ours pass."""
+
+from __future__ import annotations
+
+import pytest
+from peft import LoraConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+from conformance.peft import cases, expectations
+from conformance.peft.report import Result, failures_of_ours_alone, table
+from conformance.peft.selection import Selection
+from conformance.peft.suites import SUITES
+
+
+pytestmark = pytest.mark.slow
+
+CLASSES: dict[str, type] = {}
+for _suite in SUITES:
+    try:
+        CLASSES.update({kind.__name__: kind for kind in _suite.classes()})
+    except (RuntimeError, ImportError) as error:
+        if isinstance(error, ImportError) and expectations.IS_LISTED_VERSION:
+            raise
+        pytest.skip(f"{_suite.name}: {error}", allow_module_level=True)
+globals().update(CLASSES)
+
+
+def collected() -> list[tuple[str, str, str]]:
+    """Suite, test and configuration of all tests."""
+    marks = [
+        mark
+        for kind in CLASSES.values()
+        for test in vars(kind).values()
+        for parametrize in getattr(test, "pytestmark", [])
+        if parametrize.name == "parametrize"
+        for parameters in parametrize.args[1]
+        for mark in getattr(parameters, "marks", [])
+        if mark.name == "peft_tests"
+    ]
+    return [(suite, test, row.case.name) for suite, test, row in (mark.args for mark in marks)]
+
+
+def test_every_registered_tuner_of_ours_takes_part():
+    configs = PEFT_TYPE_TO_CONFIG_MAPPING.values()
+    ours = {config for config in configs if config.__module__.partition(".")[0] == "peft_moe"}
+    assert ours == {case.config_cls for case in (*cases.ADAPTERS_OF_LINEARS, *cases.NEW_EXPERTS)} - {LoraConfig}
+
+
+def test_every_suite_has_tests_of_ours_and_of_the_control():
+    found = {(suite, case == "lora") for suite, _, case in collected()}
+    suites = {suite for suite, _ in found}
+    assert found == {(suite, is_control) for suite in suites for is_control in (True, False)}
+    assert Selection.is_short_run or suites == {suite.name for suite in SUITES}
+
+
+@pytest.mark.skipif(not expectations.IS_LISTED_VERSION, reason="the lists are for another version of PEFT")
+@pytest.mark.parametrize("listed", [*expectations.FAILS, *expectations.SKIPS], ids=lambda listed: listed.tests[:40])
+def test_lists_name_tests_that_exist(listed):
+    if Selection.is_short_run:
+        pytest.skip("a short run does not name all tests")
+    found = collected()
+    for pattern in listed.tests.split():
+        one = expectations.Listed(listed.reason, pattern, listed.cases, listed.suites)
+        assert any(one.covers(*names, "") for names in found), pattern
+
+
+def test_patterns_of_a_list_all_have_to_match():
+    listed = expectations.Listed("because", "test_merge_* test_safe", "mole-* mocle", suites="custom", ids="*-False-*")
+    assert listed.covers("custom", "test_safe", "mocle", "a-False-b")
+    assert not listed.covers("decoder", "test_safe", "mocle", "a-False-b")
+    assert not listed.covers("custom", "test_other", "mocle", "a-False-b")
+    assert not listed.covers("custom", "test_merge_it", "mocle-other", "a-False-b")
+    assert not listed.covers("custom", "test_merge_it", "mole-other", "a-True-b")
+
+
+@pytest.mark.parametrize(
+    ("outcome", "is_listed", "is_control", "problem"),
+    [
+        ("passed", False, False, None),
+        ("passed", True, False, "Take it off the list"),
+        ("skipped", False, False, "SKIPS in expectations.py does not say why"),
+        ("skipped", False, True, None),
+        ("skipped", True, False, None),
+        ("failed", False, False, None),
+    ],
+)
+def test_rule_about_skips(outcome, is_listed, is_control, problem):
+    skip = expectations.Listed("because", "*", "*") if is_listed else None
+    found = expectations.problem_with(outcome, skip, is_control=is_control)
+    assert (found is None) == (problem is None) and (problem or "") in (found or "")
+
+
+def test_table_sets_every_configuration_beside_the_control_on_the_same_tests():
+    results = [
+        Result("decoder", "test_a", "lora", "passed"),
+        Result("decoder", "test_b", "lora", "failed"),
+        Result("decoder", "test_c", "lora", "skipped"),
+        Result("decoder", "test_a", "mole", "failed"),
+        Result("decoder", "test_b", "mole", "failed"),
+        Result("decoder", "test_a", "mocle", "xfailed"),
+    ]
+    assert table(results) == [
+        "suite    configuration  passed / failed / skipped / xfailed  LoRA on the same",
+        "decoder  mole           0 / 2 / 0 / 0                        1 / 1 / 0 / 0",
+        "decoder  mocle          0 / 0 / 0 / 1                        1 / 0 / 0 / 0",
+        "all                     0 / 2 / 0 / 1                        2 / 1 / 0 / 0",
+    ]
+    assert failures_of_ours_alone(results) == ["decoder: test_a with mole"]
