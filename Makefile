@@ -77,7 +77,7 @@ test-gpu: test-assets  ## the tests that need a CUDA device
 	@$(PYTEST) -m gpu $(PYTEST_ARGS)
 
 test-floor:  ## the fast tests on the oldest supported versions, in .venv-floor/
-	@$(MAKE) --no-print-directory test-fast VENV=.venv-floor PINS="$$($(PYTHON) tests/floors.py)"
+	@floors=$$($(PYTHON) tests/floors.py) && $(MAKE) --no-print-directory test-fast VENV=.venv-floor PINS="$$floors"
 
 conformance: test-assets  ## PEFT's own tests over our tuners, LoRA beside them: one table
 	@$(PYTEST)/conformance/peft -m "not gpu" -n $(WORKERS) --dist loadgroup -q -rfE $(PYTEST_ARGS)

@@ -6,8 +6,10 @@ from pathlib import Path
 
 def floors(setup_text: str) -> list[str]:
     """Every `name>=version` of the list REQUIRED, as `name==version`."""
-    required = re.search(r"^REQUIRED = \[(.*?)^\]", setup_text, re.DOTALL | re.MULTILINE).group(1)
-    return [f"{name}=={version}" for name, version in re.findall(r'"([\w-]+)>=([\w.]+)', required)]
+    required = re.search(r"^REQUIRED = \[(.*?)^\]", setup_text, re.DOTALL | re.MULTILINE)
+    if required is None:
+        raise SystemExit("setup.py has no list REQUIRED = [...], from which the oldest versions are read.")
+    return [f"{name}=={version}" for name, version in re.findall(r'"([\w-]+)>=([\w.]+)', required.group(1))]
 
 
 if __name__ == "__main__":

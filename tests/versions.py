@@ -39,11 +39,17 @@ class Row:
         if python is None or subprocess.run([python, "--version"], capture_output=True).returncode != 0:
             return False, f"python{self.python} was not found: install it, or run the rows that need another one"
         venv = ROOT / f".venv-{self.name}"
+        if "--upgrade" in self.pins:
+            # pip is asked again what the newest is
+            for mark in venv.glob(".installed-*"):
+                mark.unlink()
         arguments = [f"VENV={venv.name}", f"PYTHON={python}", f"PINS={self.pins}", f"PYTEST_ARGS={self.selection}"]
         command = ["make", "--no-print-directory", "test-fast", *arguments]
         passed = subprocess.run(command, cwd=ROOT, env={**os.environ, "PIP_NO_INPUT": "1"}).returncode == 0
+        if not (venv / "bin/python").exists():
+            return False, "the environment could not be made"
         report = subprocess.run([venv / "bin/python", "-c", REPORT, *PACKAGES], capture_output=True, text=True)
-        return passed, report.stdout.strip() or "the environment could not be made"
+        return passed, report.stdout.strip() or "not everything could be installed"
 
 
 def rows() -> dict[str, list[Row]]:

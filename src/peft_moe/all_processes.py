@@ -8,6 +8,7 @@ only; each process contributes its part, and data parallelism adds the parts up.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable
 
 import torch
@@ -31,12 +32,15 @@ def exchange(
     """Note in `forward_pass` what the routers of these adapters recorded on the other processes.
 
     Args:
-        forward_pass (`ForwardPass`): a finished one; every process has to be here with one of its own.
+        forward_pass (`ForwardPass`): a finished one in training; every process has to be here with one of its own.
         adapter_names (`Iterable[str]`): those whose loss is over all processes.
         label_share (`torch.Tensor` or `float`): share of this pass in what the loss divides by.
 
     Returns:
         `torch.Tensor`: the mean label share of the processes, a scalar. All of them have to give one common loss one weight.
+
+    Raises:
+        RuntimeError: on every process, if they did not run the same routers.
     """
     own = {
         (adapter, router): _summed(entry)
@@ -44,6 +48,7 @@ def exchange(
         for router, entry in forward_pass.records[adapter].items()
     }
     device = next(iter(own.values())).num_tokens.device
+    _check_alike([(*key, entry.expert_counts.shape[-1]) for key, entry in own.items()], device)
     share = torch.as_tensor(label_share, dtype=torch.float32, device=device).reshape(1)
     parts = [part.to(device) for entry in own.values() for part in _parts(entry)] + [share]
     totals = torch.cat([part.flatten() for part in parts])
@@ -67,6 +72,20 @@ def with_other_processes(
     if elsewhere is None:
         return list(by_router.values())
     return [_added(_summed(entry), elsewhere[router]) for router, entry in by_router.items()]
+
+
+def _check_alike(routers: list[tuple[str, str, int]], device: torch.device) -> None:
+    """What is summed has to be the same list everywhere, or sums are hung up or mixed up. Waits for the device."""
+    mark = zlib.crc32(repr(routers).encode())
+    extremes = torch.tensor([mark, -mark], dtype=torch.int64, device=device)
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+    largest, negated_smallest = extremes.tolist()
+    if largest != -negated_smallest:
+        raise RuntimeError(
+            "router_aux_loss_scope='global' adds up what the routers of all processes decided, but in this forward pass the "
+            f"processes ran different routers; this one ran {len(routers)}. A model that drops layers at random (LayerDrop), "
+            "or runs modules only for some inputs, does so: switch that off, or use router_aux_loss_scope='process'."
+        )
 
 
 def _parts(entry: RoutingStatistics) -> tuple[torch.Tensor, ...]:

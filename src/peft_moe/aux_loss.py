@@ -72,7 +72,7 @@ class AuxLoss:
 
     def __call__(self, recorder: RoutingRecorder, forward_pass: ForwardPass, output: Any) -> Any:
         """Arrange that backward learns the weight of this pass; under `torch.compile`, add to the loss instead."""
-        if not forward_pass.has_gradient or not (forward_pass.records.keys() & self.functions.keys()):
+        if not forward_pass.is_awaited or not (forward_pass.records.keys() & self.functions.keys()):
             return output
         label_share = self._label_share(forward_pass)
         if num_processes() > 1 and (names := sorted(forward_pass.records.keys() & self.global_adapters)):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
@@ -25,6 +29,7 @@ logger = logging.getLogger(__name__)
 MANIFEST_FILE = "checkpoint_manifest.json"
 MANIFEST_FORMAT = 1
 STATE_FILE = "trainer_state.json"  # of all files that every checkpoint has, the one that Trainer writes last
+INCOMPLETE_FILE = "checkpoint-is-incomplete.txt"  # there while Trainer saves with enable_jit_checkpoint
 WEIGHTS = (
     "adapter_model.safetensors",
     "model.safetensors",
@@ -34,10 +39,15 @@ WEIGHTS = (
     "pytorch_model.bin.index.json",
 )
 SHARDED_TRAINING = ("global_step*", "*fsdp*", "optimizer_*", "rank*-of-*")
+NO_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)  # of file systems that cannot flush a folder
 
 
 class CheckpointDamage(Exception):
     """What is wrong with a checkpoint."""
+
+
+class CheckpointUndecided(Exception):
+    """Why there is no telling whether a checkpoint is whole."""
 
 
 def find_intact_checkpoint(output_dir: str | os.PathLike[str], *, require_manifest: bool = False) -> str | None:
@@ -61,6 +71,11 @@ def find_intact_checkpoint(output_dir: str | os.PathLike[str], *, require_manife
     Returns:
         `str`, *optional*: the folder, for `trainer.train(resume_from_checkpoint=...)`; `None` if there is none.
 
+    Raises:
+        ValueError: none is known to be whole, and there is no telling with one at least: it lacks the manifest that it
+            needs, or has one of a newer version. Training that begins anew would overwrite it.
+        OSError: a checkpoint cannot be read, for example for lack of permission.
+
     Example:
 
     ```py
@@ -68,13 +83,23 @@ def find_intact_checkpoint(output_dir: str | os.PathLike[str], *, require_manife
     >>> trainer.train(resume_from_checkpoint=find_intact_checkpoint(args.output_dir))
     ```
     """
+    undecided = []
     for step, folder in sorted(_checkpoints(Path(output_dir)), reverse=True):
         try:
             _check(folder, step, require_manifest=require_manifest)
-        except (CheckpointDamage, OSError) as damage:
+        except (CheckpointDamage, FileNotFoundError) as damage:
             logger.warning(f"Skipped the checkpoint {str(folder)!r}, which is not whole: {damage}.")
+        except CheckpointUndecided as reason:
+            logger.warning(f"Skipped the checkpoint {str(folder)!r}, which cannot be judged: {reason}.")
+            undecided.append(f"{str(folder)!r}: {reason}")
         else:
             return str(folder)
+    if undecided:
+        raise ValueError(
+            "No checkpoint is known to be whole, and there is no telling with "
+            + "; ".join(undecided)
+            + ". Pass one to resume_from_checkpoint yourself if you know that it is whole. To begin anew, move them away."
+        )
     return None
 
 
@@ -89,16 +114,17 @@ class IntactCheckpointCallback(TrainerCallback):
     `Trainer` deletes old checkpoints before that. Let this callback do it instead: give `save_total_limit` to it, and
     not to `TrainingArguments`.
 
-    Pass it after callbacks that write into checkpoints.
+    Pass it on every process, and after callbacks that write into checkpoints.
 
     Args:
         save_total_limit (`int`, *optional*):
             How many checkpoints to keep, the newest and the best among them. The rest is deleted when the newest has its
-            manifest, those without one first.
+            manifest, those first that have none or whose files have other sizes than in it. Links stay, and so do
+            checkpoints of later steps, unless they lack `trainer_state.json`; neither count.
 
     Raises:
-        ValueError: `save_total_limit` is less than 1, or training begins with one in `TrainingArguments` or as a
-            hyperparameter search, whose folders callbacks are not told.
+        ValueError: `save_total_limit` is less than 1, or training begins with one in `TrainingArguments`, with
+            `enable_jit_checkpoint`, or as a hyperparameter search, whose folders callbacks are not told.
     """
 
     def __init__(self, *, save_total_limit: int | None = None) -> None:
@@ -109,12 +135,17 @@ class IntactCheckpointCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Refuse what would delete a checkpoint too early, or hide it."""
+        """Refuse what would delete a checkpoint too early, change it later, or hide it."""
         if args.save_total_limit is not None:
             raise ValueError(
                 f"TrainingArguments has save_total_limit={args.save_total_limit}, which deletes old checkpoints before the "
                 "new one is safe. Leave it out there, and pass "
                 f"IntactCheckpointCallback(save_total_limit={args.save_total_limit})."
+            )
+        if getattr(args, "enable_jit_checkpoint", False):  # not in every version
+            raise ValueError(
+                "TrainingArguments has enable_jit_checkpoint=True, which saves without telling callbacks, also into a "
+                "checkpoint that has its manifest. Leave it out, or remove IntactCheckpointCallback."
             )
         if state.is_hyper_param_search:
             raise ValueError(
@@ -129,25 +160,29 @@ class IntactCheckpointCallback(TrainerCallback):
         folder = Path(checkpoint_folder(args, state))
         write_manifest(folder, state.global_step)
         if self.save_total_limit is not None:
-            best = Path(state.best_model_checkpoint or folder)
-            _delete_old(folder.parent, self.save_total_limit, protected={folder.name, best.name})
+            protected = {folder.resolve(), Path(state.best_model_checkpoint or folder).resolve()}
+            _delete_old(folder.parent, self.save_total_limit, step=state.global_step, protected=protected)
 
 
 def write_manifest(folder: Path, step: int) -> None:
     """Flush every file in `folder` to the disk, then write their sizes and checksums, whole or not at all."""
+    (folder / INCOMPLETE_FILE).unlink(missing_ok=True)  # of an earlier run that was killed at this step
     files = {}
     for path in _files(folder):
-        _flush(path)
-        files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+        try:
+            _flush(path)
+            files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+        except FileNotFoundError:
+            logger.warning(f"{str(path)!r} was deleted meanwhile and is not in the manifest of its checkpoint.")
+    # the names of the files have to be on the disk before that of the manifest, which vouches for them
+    for directory in (folder.parent, folder, *(path for path in folder.rglob("*") if path.is_dir())):
+        _flush_folder(directory)
     manifest, staged = folder / MANIFEST_FILE, folder / f"{MANIFEST_FILE}.tmp"
     content = {"format_version": MANIFEST_FORMAT, "global_step": step, "files": files}
     staged.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     _flush(staged)
-    # the names of the files have to be on the disk before that of the manifest, which vouches for them
-    for directory in (folder.parent, folder, *(path for path in folder.rglob("*") if path.is_dir())):
-        _flush(directory)
     os.replace(staged, manifest)
-    _flush(folder)
+    _flush_folder(folder)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -158,47 +193,78 @@ def _files(folder: Path) -> list[Path]:
 
 def _checkpoints(output_dir: Path) -> Iterator[tuple[int, Path]]:
     """Step and folder of each checkpoint, in no order."""
-    for folder in output_dir.iterdir() if output_dir.exists() else ():
+    try:
+        folders = list(output_dir.iterdir())
+    except FileNotFoundError:
+        return
+    for folder in folders:
         name = re.fullmatch(r"checkpoint-(\d+)", folder.name)
         if name and folder.is_dir():
             yield int(name[1]), folder
 
 
-def _delete_old(output_dir: Path, limit: int, *, protected: set[str]) -> None:
-    found = [(step, folder) for step, folder in _checkpoints(output_dir) if folder.name not in protected]
-    found.sort(key=lambda entry: ((entry[1] / MANIFEST_FILE).is_file(), entry[0]))
-    for _, folder in found[: max(0, len(found) + len(protected) - limit)]:
-        # first, so that what is left of it passes for a whole one at no time
-        (folder / STATE_FILE).unlink(missing_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
+def _delete_old(output_dir: Path, limit: int, *, step: int, protected: set[Path]) -> None:
+    found = []
+    for its_step, folder in _checkpoints(output_dir):
+        if folder.is_symlink():
+            continue
+        if its_step <= step or _is_damaged(partial(_existing, folder / STATE_FILE)):
+            is_marked = not _is_damaged(partial(_check_against_manifest, folder, its_step, sizes_only=True))
+            found.append((is_marked, its_step, folder))
+    deletable = sorted(entry for entry in found if entry[2].resolve() not in protected)
+    for _, _, folder in deletable[: max(0, len(found) - limit)]:
+        try:
+            # first, so that what is left of it passes for a whole one at no time
+            (folder / STATE_FILE).unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning(f"Could not delete the old checkpoint {str(folder)!r}: {error}.")
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_damaged(check: Callable[[], object]) -> bool:
+    """Whether a check finds damage. What cannot be judged or read is none."""
+    try:
+        check()
+    except (CheckpointDamage, FileNotFoundError):
+        return True
+    except (CheckpointUndecided, OSError):
+        pass
+    return False
 
 
 def _check(folder: Path, step: int, *, require_manifest: bool) -> None:
-    """Raise [`CheckpointDamage`] if the checkpoint is not whole."""
+    """Raise [`CheckpointDamage`] if the checkpoint is not whole, [`CheckpointUndecided`] if there is no telling."""
+    if (folder / INCOMPLETE_FILE).exists():
+        raise CheckpointDamage(f"{INCOMPLETE_FILE} says so")
     if (folder / MANIFEST_FILE).exists():
         _check_against_manifest(folder, step)
         return
-    if require_manifest:
-        raise CheckpointDamage(f"it has no {MANIFEST_FILE}, which was asked for")
     state = _read_json(folder / STATE_FILE)
     if state.get("global_step") != step:
         raise CheckpointDamage(f"{STATE_FILE} is of step {state.get('global_step')}")
     if any(any(folder.glob(pattern)) for pattern in SHARDED_TRAINING):
-        raise CheckpointDamage(
-            f"FSDP or DeepSpeed has written it, and without {MANIFEST_FILE} there is no telling whether it is complete"
-        )
+        raise CheckpointUndecided(f"FSDP or DeepSpeed has written it, and without {MANIFEST_FILE} it may lack a part")
     adapters = [config.parent for config in folder.glob("*/adapter_config.json")]
     adapters += [weights.parent for weights in folder.glob("*/adapter_model.*") if weights.parent not in adapters]
     _check_weights(folder, is_required=not adapters)
     for adapter in adapters:
         _check_weights(adapter)
     _check_training_state(folder)
+    if require_manifest:
+        raise CheckpointUndecided(f"it has no {MANIFEST_FILE}, which require_manifest asks for")
 
 
-def _check_against_manifest(folder: Path, step: int) -> None:
+def _check_against_manifest(folder: Path, step: int, *, sizes_only: bool = False) -> None:
     manifest = _read_json(folder / MANIFEST_FILE)
+    version = manifest.get("format_version")
+    if isinstance(version, int) and version > MANIFEST_FORMAT:
+        raise CheckpointUndecided(
+            f"its {MANIFEST_FILE} has format {version}, but this version of peft_moe reads up to {MANIFEST_FORMAT}; "
+            "run `pip install --upgrade peft-moe`"
+        )
     try:
-        is_known = manifest["format_version"] == MANIFEST_FORMAT
+        is_known = version == MANIFEST_FORMAT
         entries = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
     except (AttributeError, KeyError, TypeError):
         is_known = False
@@ -210,7 +276,7 @@ def _check_against_manifest(folder: Path, step: int) -> None:
         path = _existing(folder / name)
         if path.stat().st_size != size:
             raise CheckpointDamage(f"{name} has {path.stat().st_size} bytes, and had {size} when it was saved")
-        if _sha256(path) != sha256:
+        if not sizes_only and _sha256(path) != sha256:
             raise CheckpointDamage(f"{name} has other content than when it was saved (checksum)")
 
 
@@ -247,14 +313,9 @@ def _check_tensors(path: Path) -> set[str] | None:
     if path.suffix != ".safetensors":
         _check_archive(path)
         return None
-    try:
-        # opening compares the header with the size of the file
-        with safe_open(_existing(path), framework="pt") as file:
-            return set(file.keys())
-    except CheckpointDamage:
-        raise
-    except Exception as error:  # whatever the reader makes of bytes that are not what they should be
-        raise CheckpointDamage(f"{path.name} cannot be read ({error})") from error
+    # opening compares the header with the size of the file
+    with _reading(path), safe_open(path, framework="pt") as file:
+        return set(file.keys())
 
 
 def _check_training_state(folder: Path) -> None:
@@ -276,13 +337,9 @@ def _check_training_state(folder: Path) -> None:
 
 def _check_archive(path: Path) -> None:
     """Compare the checksums in a file of `torch.save`, a zip archive with a pickle inside that is not loaded."""
-    _existing(path)
-    try:
-        with ZipFile(path) as archive:
-            damaged = archive.testzip()
-            is_torch = any(name.endswith("/data.pkl") for name in archive.namelist())
-    except Exception as error:  # whatever the reader makes of bytes that are not what they should be
-        raise CheckpointDamage(f"{path.name} cannot be read ({error})") from error
+    with _reading(path), ZipFile(path) as archive:
+        damaged = archive.testzip()
+        is_torch = any(name.endswith("/data.pkl") for name in archive.namelist())
     if damaged is not None:
         raise CheckpointDamage(f"{path.name} is damaged at {damaged} (checksum)")
     if not is_torch:
@@ -290,18 +347,36 @@ def _check_archive(path: Path) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(_existing(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointDamage(f"{path.name} cannot be read ({error})") from error
+    with _reading(path):
+        content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise CheckpointDamage(f"{path.name} holds no dictionary")
     return content
 
 
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn into damage whatever a reader makes of bytes that are not what they should be, but no error of the system."""
+    _existing(path)
+    try:
+        yield
+    except Exception as error:
+        # without a number, or for a position before the file, it is the bytes
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise
+        raise CheckpointDamage(f"{path.name} cannot be read ({error})") from error
+
+
 def _existing(path: Path) -> Path:
-    if not path.is_file():
+    """`path` if it is a file. Reads from it, as some readers hide why they could not."""
+    try:
+        is_file = stat.S_ISREG(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # nor is a name with a null byte any
+        is_file = False
+    if not is_file:
         raise CheckpointDamage(f"{path.name} is missing")
+    with path.open("rb") as file:
+        file.read(1)
     return path
 
 
@@ -312,11 +387,29 @@ def _sha256(path: Path) -> str:
 
 def _flush(path: Path) -> None:
     """Have a file, or the names in a folder, on the disk and not only in memory."""
-    if os.name == "nt" and path.is_dir():  # there is no such call
-        return
     # Windows flushes only what is open for writing
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _flush_folder(folder: Path) -> None:
+    if os.name == "nt":  # there is no such call
+        return
+    try:
+        _flush(folder)
+    except OSError as error:
+        if error.errno not in NO_FLUSH:
+            raise
+        _warn_of_no_flush(error.strerror)
+
+
+@cache
+def _warn_of_no_flush(reason: str) -> None:
+    """Warn once in a process."""
+    logger.warning(
+        f"The file system does not flush folders ({reason}). If the machine loses power, the newest checkpoint may be "
+        "lost: keep more than one."
+    )

@@ -234,7 +234,7 @@ class RoutingRecorder:
             self.surrounding = before
 
     def end(self, output: Any) -> Any:
-        """Close the pass, tell the listeners, and return the model's output (`None` where its forward raised)."""
+        """Close the pass, run the hooks, tell the listeners, return the model's output (`None`: its forward raised)."""
         if self.num_nested:
             self.num_nested -= 1
             return output
@@ -250,11 +250,11 @@ class RoutingRecorder:
         if finished.is_awaited:
             self.latest = finished
             self._announce_backward(finished, output)
+        for hook in self.output_hooks:
+            output = hook(self, finished, output)
         for listener in self.listeners:
             listener(finished)
         finished.routes = {}
-        for hook in self.output_hooks:
-            output = hook(self, finished, output)
         return output
 
     def _announce_backward(self, finished: ForwardPass, output: Any) -> None:

@@ -37,7 +37,9 @@ def run_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ranks(run_folder):
-    return launch(Path(__file__).parent / "train_wrapped.py", run_folder, 2, *SETTINGS, "shared-table")
+    return launch(
+        Path(__file__).parent / "train_wrapped.py", run_folder, 2, *SETTINGS, "shared-table", "global-corners"
+    )
 
 
 def one_process(name: str, checkpointing: str) -> dict:
@@ -76,6 +78,17 @@ def test_two_ranks_train_like_one_process(ranks, setting):
 def test_an_expert_was_without_a_token_on_one_rank_alone(ranks, name):
     first, second = (rank[f"ddp/{name}/none"]["idle"] for rank in ranks)
     assert any(idle and not busy for busy, idle in zip(first, second, strict=True))
+
+
+def test_processes_that_ran_different_routers_are_told_so(ranks):
+    for rank in ranks:
+        assert "ran different routers" in rank["global-corners"]["error"]
+
+
+def test_the_logged_auxiliary_loss_is_that_of_all_processes(ranks):
+    first, second = (rank["global-corners"] for rank in ranks)
+    assert first["logged"] == second["logged"] == pytest.approx(first["aux_loss"], rel=1e-6)
+    assert first["aux_loss"] == pytest.approx(second["aux_loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize(

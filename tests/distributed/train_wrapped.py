@@ -17,7 +17,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from peft_moe import get_aux_loss, record_expert_load
 from peft_moe.models.moe_llava.router import MoeLlavaTopKRouter
+from peft_moe.monitoring import ExpertLoad
+from peft_moe.monitoring.window import TrainWindow
 from peft_moe.recording import get_recorder
 from peft_moe.routing import ClusterEmbedding, TopKRouter
 
@@ -97,6 +100,34 @@ def shared_table_in_the_group_of_a_layer() -> dict:
     return {"error": None}
 
 
+def corners_of_the_global_scope() -> dict:
+    """What one process does alone, what a callback logs, and what is said of processes that ran different routers."""
+    model = CASES["mole-global"].build()
+    if dist.get_rank() == 0:
+        model.eval()
+        with record_expert_load(model):
+            model(**text_batch(0, 0))
+    model.train()
+    recorder = get_recorder(model)
+    window = TrainWindow(ExpertLoad.for_model(model))
+
+    def listen(forward_pass):
+        window.add_pass(forward_pass, recorder, domain="train")
+
+    recorder.listeners.append(listen)
+    model(**text_batch(dist.get_rank(), 0))
+    recorder.listeners.remove(listen)
+    with torch.no_grad():
+        found = {"logged": window.mean_aux_loss(), "aux_loss": get_aux_loss(model).item(), "error": None}
+    if dist.get_rank() == 1:
+        layers_of(model)[1].mlp.forward = lambda hidden_states: hidden_states
+    try:
+        model(**text_batch(dist.get_rank(), 0))
+    except RuntimeError as error:
+        found["error"] = str(error)
+    return found
+
+
 def main(folder: str, *settings: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -104,6 +135,8 @@ def main(folder: str, *settings: str) -> None:
     for setting in settings:
         if setting == "shared-table":
             found[setting] = shared_table_in_the_group_of_a_layer()
+        elif setting == "global-corners":
+            found[setting] = corners_of_the_global_scope()
         else:
             found[setting] = run(*setting.split("/"), Path(folder))
     write_report(folder, found)

@@ -38,6 +38,7 @@ class Fault:
     status: int | None
     times: int
     is_handled: bool = False
+    has_struck: bool = False
 
 
 class HubServer:
@@ -76,6 +77,12 @@ class HubServer:
         """The titles of the commits of `main`, newest first."""
         repository = self.repositories[repo_id]
         return [repository.titles[sha] for sha in repository.log("main")]
+
+    def check(self) -> None:
+        """Raise `AssertionError` if a request was not understood, or a fault has met no request that it fits."""
+        assert self.unhandled == []
+        missed = [fault for fault in self.faults if not fault.has_struck]
+        assert not missed, missed
 
     # what the routes do
 
@@ -344,6 +351,7 @@ class _Handler(BaseHTTPRequestHandler):
         for fault in self.hub.faults:
             if fault.times and fault.method == self.command and re.fullmatch(fault.path, path):
                 fault.times -= 1
+                fault.has_struck = True
                 return fault
         return None
 

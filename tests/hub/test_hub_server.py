@@ -109,7 +109,10 @@ def test_a_file_is_served_with_its_etag_and_in_parts(hub):
 def test_a_fault_strikes_as_often_as_asked(hub):
     fault = {"method": "GET", "path": "/api/whoami-v2", "status": 503, "times": 1}
     ask(hub, "POST", "/fail-next", json.dumps(fault).encode())
+    with pytest.raises(AssertionError, match="whoami"):
+        hub.check()
     assert [ask(hub, "GET", "/api/whoami-v2")[0] for _ in range(2)] == [503, 200]
+    hub.check()
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def test_saving_again_changes_nothing_but_what_peft_fills_in(tmp_path):
     model = get_peft_model(tiny_llama(), MoLEConfig(task_type="CAUSAL_LM"))
     save(model, tmp_path)
     file = tmp_path / "README.md"
-    file.write_text(file.read_text().replace("# Model Card for Model ID", "# Mine").replace("| 3 |", "| three |"))
+    file.write_text(file.read_text().replace("# Model Card for Model ID", "# Mine"))
     edited = file.read_text()
     save(model, tmp_path)
     assert file.read_text() == edited
@@ -141,3 +141,14 @@ def test_the_card_of_another_project_in_the_folder_above_is_left_alone(tmp_path)
         file.write_text(content)
         MoLEConfig(base_model_name_or_path=BASE).save_pretrained(tmp_path / "adapter")
         assert file.read_text() == content
+
+
+def test_a_second_save_brings_the_table_up_to_date_and_keeps_what_was_written_beside_it(tmp_path):
+    for num_experts in (3, 5):
+        card = save(get_peft_model(tiny_llama(), MoLEConfig(num_experts=num_experts, r=2)), tmp_path)
+        assert f"| `num_experts` | {num_experts} |" in card.text
+        if num_experts == 3:
+            file = tmp_path / "README.md"
+            file.write_text(file.read_text().replace(HEADING, f"{HEADING}\n\nA word of mine."))
+    assert card.text.count(HEADING) == card.text.count("| setting | field | value |") == 1
+    assert "A word of mine." in card.text

@@ -30,9 +30,9 @@ def hub():
 
 
 @pytest.fixture(autouse=True)
-def _every_request_was_understood(hub):
+def _every_request_was_understood_and_every_fault_has_struck(hub):
     yield
-    assert hub.unhandled == []
+    hub.check()
 
 
 @pytest.fixture(scope="module")

@@ -273,7 +273,7 @@ CHANGES = {
 }
 SORT_CHANGES = {
     "segments end a row early": ("slot * E + experts, next_row", "slot * E + experts, next_row - 1"),
-    "an expert begins too early": ("choice[:, None] < experts", "choice[:, None] < experts - 1"),
+    "an expert begins too early": ("choice[:, None] < experts[None, :]", "choice[:, None] < experts[None, :] - 1"),
     "steps overwrite each other": ("next_row += tl.sum(is_mine, 0)", "next_row += 0"),
     "the choices of another slot": ("* K + slot, mask", "* K, mask"),
 }

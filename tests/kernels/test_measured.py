@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -63,6 +65,13 @@ def entries(file: Path) -> dict:
     return json.loads(file.read_text())["entries"]
 
 
+def another_process_prefers_segment(content: str) -> str:
+    """The file with another winner everywhere."""
+    written = json.loads(content)
+    written["entries"] = dict.fromkeys(written["entries"], {"backend": "segment", "ms": {"segment": 1.0}})
+    return json.dumps(written)
+
+
 def test_nothing_is_measured_unless_a_file_is_named(monkeypatch, measurements):
     monkeypatch.delenv(measured.CACHE_VARIABLE, raising=False)
     call()
@@ -104,6 +113,33 @@ def test_what_another_process_wrote_meanwhile_is_kept(file, measurements):
         call()
     assert len(entries(file)) == 3 and "from another process" in entries(file)
     assert list(file.parent.iterdir()) == [file]
+
+
+def test_a_recomputation_takes_the_backend_of_its_forward_whatever_others_write(file, measurements):
+    x = torch.ones(6, 16, requires_grad=True)
+    out = checkpoint(lambda x: call(hidden_states=x), x, use_reentrant=False)
+    file.write_text(another_process_prefers_segment(file.read_text()))
+    with torch.no_grad():
+        call()  # reads what the other process wrote, and adds to it
+    assert [entry["backend"] for entry in entries(file).values()] == ["dense", "segment"]
+    assert explain(**SHAPE).backend == "dense"
+    out.sum().backward()
+
+
+def test_what_another_process_measured_first_counts_for_both(file, measurements, monkeypatch):
+    call()
+    theirs = another_process_prefers_segment(file.read_text())
+    file.unlink()
+    measured._tables.clear()
+
+    def measure(*_):
+        file.write_text(theirs)
+        return {"dense": 1.0}
+
+    monkeypatch.setattr(measured, "measure", measure)
+    call()
+    assert explain(**SHAPE).backend == "segment"
+    assert file.read_text() == theirs
 
 
 def test_training_and_inference_are_measured_apart(file, measurements):
@@ -239,7 +275,61 @@ def test_the_rule_decides_where_nothing_could_be_measured(file, monkeypatch):
     assert "measured" not in explain(**SHAPE).because
 
 
-@pytest.mark.parametrize("content", ['{"a": 1}', "no json", '{"format": "other", "entries": {}}', "[]"])
+def test_a_measurement_runs_on_the_current_device(monkeypatch):
+    entered = []
+
+    @contextmanager
+    def device(chosen):
+        entered.append(chosen)
+        yield
+        entered.remove(chosen)
+
+    def measure(case, names, device, trains):
+        return {"dense": 1.0} if entered == [device] else {}
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(measured, "measure", measure)
+    found = measured._in_clean_thread(Case(**SHAPE, dtype=torch.float32, device="cuda"), ["dense"])
+    assert found.backend == "dense"
+
+
+@pytest.mark.parametrize("obstacle", ["a file for a folder", "a folder for a file"])
+def test_a_file_that_cannot_be_used_is_warned_of_once(file, measurements, caplog, obstacle):
+    if obstacle == "a file for a folder":
+        file.parent.touch()
+    else:
+        file.mkdir(parents=True)
+    for _ in range(2):
+        call()
+        with torch.no_grad():
+            call()
+    assert len(measurements) == 2
+    assert explain(**SHAPE).backend == "dense"
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert f"{measured.CACHE_VARIABLE} names {str(file)!r}, which cannot be read or written: " in warning
+    assert {*file.parent.parent.rglob("*")} <= {file, file.parent}
+
+
+def test_the_file_has_the_permissions_of_any_new_file(file, measurements):
+    call()
+    other = file.with_name("other")
+    other.touch()
+    assert file.stat().st_mode == other.stat().st_mode
+
+
+ENTRY = '{"format": "' + measured.FORMAT + '", "entries": {"a key": %s}}'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *('{"a": 1}', "no json", '{"format": "other", "entries": {}}', "[]"),
+        ENTRY % '{"backend": "dense", "ms": {"dense": "fast"}}',
+        ENTRY % '{"backend": "dense", "ms": [1.0]}',
+        ENTRY % '{"backend": null, "ms": {}}',
+    ],
+)
 def test_another_file_is_refused_and_kept(file, content):
     file.parent.mkdir()
     file.write_text(content)

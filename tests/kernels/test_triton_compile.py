@@ -133,8 +133,8 @@ def stack_bytes(cubin: bytes, tmp_path: Path) -> int:
     ("name", "dtype", "is_thorough"),
     [
         ("sm_90", torch.bfloat16, False),
-        ("sm_90", torch.float16, False),
-        ("sm_90", torch.float32, False),
+        pytest.param("sm_90", torch.float16, False, marks=pytest.mark.exhaustive),
+        pytest.param("sm_90", torch.float32, False, marks=pytest.mark.exhaustive),
         ("sm_80", torch.bfloat16, False),
         ("sm_100", torch.bfloat16, False),
         ("gfx942", torch.bfloat16, False),

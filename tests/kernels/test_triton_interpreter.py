@@ -53,10 +53,11 @@ def test_the_backend_names_the_path(monkeypatch):
     ("files", "least"),
     [
         (["test_conformance.py", "-k", "triton"], 90),
-        (["interpreted.py", "-k", "not wrong"], 72),
+        (["interpreted.py", "-k", "not wrong and not dtype1 and not compiled_graphs"], 60),
         (["interpreted.py", "-k", "wrong"], 32),
+        pytest.param(["interpreted.py", "-k", "dtype1 or compiled_graphs"], 12, marks=pytest.mark.exhaustive),
     ],
-    ids=["conformance", "beyond", "mutations"],
+    ids=["conformance", "beyond", "mutations", "float16-and-compiled"],
 )
 def test_everything_in_the_interpreter(files, least):
     """In a process of its own: whether Triton interprets is settled when it is imported."""

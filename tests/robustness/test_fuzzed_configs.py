@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import warnings
 from typing import Any
 
@@ -128,7 +129,8 @@ def check(method: str, fields: dict[str, Any]) -> None:
     try:
         model = case.wrap(**fields)
     except (TypeError, ValueError) as error:
-        assert any(name in str(error) or "checkpoint format" in str(error) for name in fields), error
+        words = re.findall(r"\w+", str(error).replace("checkpoint format", "checkpoint_format"))
+        assert not set(words).isdisjoint(fields), error
         return
     batch = case.batch()
     if "cluster_ids" in batch:

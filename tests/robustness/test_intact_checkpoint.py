@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
 import pickle
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -13,10 +15,10 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from trained import checkpoints, trainer
+from trained import trainer
 
 from peft_moe import ExpertLoadCallback, IntactCheckpointCallback, find_intact_checkpoint
-from peft_moe.checkpoints import MANIFEST_FILE
+from peft_moe.checkpoints import INCOMPLETE_FILE, MANIFEST_FILE, _warn_of_no_flush, write_manifest
 
 
 @pytest.fixture(scope="module")
@@ -115,14 +117,14 @@ def test_a_manifest_shows_a_single_wrong_byte_in_any_file(name, damage, copy, ca
         (lambda path: path.write_text("[]"), "checkpoint_manifest.json holds no dictionary"),
         (lambda path: path.write_text("{}"), "cannot read its checkpoint_manifest.json"),
         (
-            lambda path: path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 2')),
-            "cannot",
+            lambda path: path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 0')),
+            "cannot read its",
         ),
         (lambda path: path.write_text(path.read_text().replace('"size"', '"length"')), "cannot read its"),
         (lambda path: shutil.copy(path.parent.parent / "checkpoint-2" / path.name, path), "is of step 2"),
         (lambda path: path.write_text("[" * 100_000), "checkpoint_manifest.json cannot be read"),
     ],
-    ids=["half", "list", "nothing", "newer-format", "other-entries", "of-another-step", "bottomless"],
+    ids=["half", "list", "nothing", "older-format", "other-entries", "of-another-step", "bottomless"],
 )
 def test_a_manifest_that_is_none_is_named(change, message, copy, caplog):
     output_dir = copy("marked")
@@ -145,7 +147,84 @@ def test_where_nothing_is_whole_there_is_no_checkpoint(copy, tmp_path, caplog):
     for step in (2, 4):
         empty(output_dir / f"checkpoint-{step}" / "trainer_state.json")
     assert find_intact_checkpoint(output_dir) is None
-    assert len(caplog.records) == 2
+    assert find_intact_checkpoint(output_dir, require_manifest=True) is None
+    assert len(caplog.records) == 4
+
+
+def of_a_newer_version(folder: Path) -> None:
+    path = folder / MANIFEST_FILE
+    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 2'))
+
+
+def of_fsdp(folder: Path) -> None:
+    (folder / MANIFEST_FILE).unlink()
+    (folder / "pytorch_model_fsdp_0").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (of_a_newer_version, "its checkpoint_manifest.json has format 2, but this version of peft_moe reads up to 1"),
+        (of_fsdp, "FSDP or DeepSpeed has written it, and without checkpoint_manifest.json it may lack a part"),
+        (lambda folder: (folder / MANIFEST_FILE).unlink(), "it has no checkpoint_manifest.json, which require_manif"),
+    ],
+    ids=["newer-format", "fsdp", "no-manifest"],
+)
+def test_training_does_not_begin_anew_over_what_cannot_be_judged(change, message, copy, caplog):
+    output_dir = copy("marked")
+    change(output_dir / "checkpoint-4")
+    assert find_intact_checkpoint(output_dir, require_manifest=True) == str(output_dir / "checkpoint-2")
+    assert f"checkpoint-4', which cannot be judged: {message}" in caplog.text
+    (output_dir / "checkpoint-2" / "trainer_state.json").unlink()
+    with pytest.raises(ValueError, match=re.escape(f"no telling with '{output_dir / 'checkpoint-4'}': {message}")):
+        find_intact_checkpoint(output_dir, require_manifest=True)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="the system has no /proc/self/mem, as a failing disk")
+@pytest.mark.parametrize("name", [*FILES, MANIFEST_FILE])
+def test_an_error_of_the_system_is_no_damage(name, copy):
+    path = copy("plain") / "checkpoint-4" / name
+    path.unlink(missing_ok=True)
+    path.symlink_to("/proc/self/mem")
+    with pytest.raises(OSError) as caught:
+        find_intact_checkpoint(path.parents[1])
+    assert caught.value.errno == errno.EIO
+
+
+@pytest.mark.parametrize("folder", ["plain", "marked"])
+def test_a_checkpoint_that_says_it_is_incomplete_is_believed_until_it_is_saved_again(folder, copy, caplog):
+    output_dir = copy(folder)
+    (output_dir / "checkpoint-4" / INCOMPLETE_FILE).touch()
+    assert find_intact_checkpoint(output_dir) == str(output_dir / "checkpoint-2")
+    assert "which is not whole: checkpoint-is-incomplete.txt says so" in caplog.text
+    write_manifest(output_dir / "checkpoint-4", 4)
+    assert find_intact_checkpoint(output_dir) == str(output_dir / "checkpoint-4")
+
+
+def test_a_file_that_vanishes_does_not_end_training(copy, monkeypatch, caplog):
+    checkpoint = copy("plain") / "checkpoint-4"
+    original = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        (checkpoint / "training_args.bin").unlink(missing_ok=True)
+        original(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_manifest(checkpoint, 4)
+    assert "training_args.bin' was deleted meanwhile" in caplog.text
+    assert find_intact_checkpoint(checkpoint.parent, require_manifest=True) == str(checkpoint)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="the system has no /proc, whose folders cannot be flushed")
+def test_a_file_system_that_flushes_no_folders_is_said_once(copy, caplog):
+    checkpoint = copy("plain") / "checkpoint-4"
+    (checkpoint / "linked").symlink_to("/proc")
+    _warn_of_no_flush.cache_clear()
+    for _ in range(2):
+        write_manifest(checkpoint, 4)
+    (record,) = caplog.records
+    assert "does not flush folders (Invalid argument)" in record.getMessage()
+    assert find_intact_checkpoint(checkpoint.parent, require_manifest=True) == str(checkpoint)
 
 
 def test_steps_are_compared_as_numbers_and_other_names_are_left_alone(copy):
@@ -335,51 +414,3 @@ def test_saving_again_into_a_marked_checkpoint_is_no_mixture_at_any_time(copy, c
     )
     assert find_intact_checkpoint(output_dir) == str(output_dir / "checkpoint-2")
     assert "other content than when it was saved" in caplog.text
-
-
-@pytest.mark.parametrize(("limit", "kept"), [(1, [6]), (2, [4, 6]), (None, [2, 4, 6])])
-def test_the_callback_keeps_the_newest(limit, kept, tmp_path):
-    trainer(tmp_path, IntactCheckpointCallback(save_total_limit=limit), max_steps=6).train()
-    assert checkpoints(tmp_path) == [f"checkpoint-{step}" for step in kept]
-
-
-def test_the_callback_keeps_the_best(tmp_path):
-    settings = {
-        "eval_strategy": "steps",
-        "eval_steps": 2,
-        "load_best_model_at_end": True,
-        "metric_for_best_model": "loss",
-        "greater_is_better": True,  # the untrained one
-        "max_steps": 6,
-    }
-    trained = trainer(tmp_path, IntactCheckpointCallback(save_total_limit=1), **settings)
-    trained.train()
-    assert trained.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
-    assert checkpoints(tmp_path) == ["checkpoint-2", "checkpoint-6"]
-
-
-def test_what_a_killed_run_has_left_goes_first(copy):
-    output_dir = copy("marked")
-    shutil.copytree(output_dir / "checkpoint-4", output_dir / "checkpoint-8")
-    (output_dir / "checkpoint-8" / MANIFEST_FILE).unlink()
-    (output_dir / "checkpoint-8" / "trainer_state.json").unlink()
-    resumed = trainer(output_dir, IntactCheckpointCallback(save_total_limit=2), max_steps=6)
-    resumed.train(resume_from_checkpoint=find_intact_checkpoint(output_dir))
-    assert checkpoints(output_dir) == ["checkpoint-4", "checkpoint-6"]
-
-
-def test_a_limit_of_the_trainer_is_refused(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"save_total_limit=3, which deletes.*IntactCheckpointCallback\(save_total_li"
-    ):
-        trainer(tmp_path, IntactCheckpointCallback(), save_total_limit=3).train()
-    with pytest.raises(ValueError, match="save_total_limit must be at least 1, or None to keep all, but is 0"):
-        IntactCheckpointCallback(save_total_limit=0)
-
-
-def test_a_hyperparameter_search_is_refused(tmp_path):
-    searched = trainer(tmp_path, IntactCheckpointCallback())
-    control, state = searched.control, searched.state
-    state.is_hyper_param_search = True
-    with pytest.raises(ValueError, match="does not know the folders of a hyperparameter search"):
-        searched.callback_handler.on_train_begin(searched.args, state, control)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from peft import get_peft_model
+from peft import NoMatchingPeftModuleError, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
@@ -150,6 +150,21 @@ def test_layers_to_transform_picks_layers_where_attention_and_mlp_share_a_name(c
     gpt2 = next(architecture for architecture in ARCHITECTURES if architecture.name == "gpt2-conv1d")
     model = get_peft_model(gpt2.build(), config_class(r=2, layers_to_transform=[0]))
     assert model.targeted_module_names and all(".h.0." in name for name in model.targeted_module_names)
+
+
+@pytest.mark.parametrize("config_class", [MoLEConfig, MoCLEConfig])
+def test_layers_that_the_model_lacks_are_named(config_class):
+    gpt2 = next(architecture for architecture in ARCHITECTURES if architecture.name == "gpt2-conv1d")
+    with pytest.raises(
+        NoMatchingPeftModuleError, match=r"layers_to_transform=\[99\] .* leave none of the \d+ linears"
+    ):
+        get_peft_model(gpt2.build(), config_class(r=2, layers_to_transform=[99]))
+
+
+def test_layers_given_as_a_range_are_saved_as_a_list(tmp_path):
+    model = transformers.LlamaForCausalLM(plain("LlamaConfig")())
+    get_peft_model(model, MoLEConfig(r=2, layers_to_transform=range(1))).save_pretrained(tmp_path)
+    assert MoLEConfig.from_pretrained(tmp_path).layers_to_transform == [0]
 
 
 def test_excluded_modules_stay_as_they_are():

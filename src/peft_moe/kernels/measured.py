@@ -11,13 +11,14 @@ import json
 import logging
 import os
 import statistics
-import tempfile
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
+from contextlib import nullcontext
+from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from uuid import uuid4
 
 import torch
 from torch._guards import detect_fake_mode
@@ -60,14 +61,19 @@ def cache_file() -> Path | None:
 
 
 def look_up(file: Path, key: str) -> Finding | None:
-    """What the file says; it is read once.
+    """What the file says; it is read once, and what cannot be read says nothing.
 
     Raises:
         `ValueError`: if the file is not such a cache.
     """
     table = _tables.get(file)
     if table is None:
-        table = _tables.setdefault(file, _read(file))
+        try:
+            table = _read(file)
+        except OSError as error:
+            _warn_once(file, error.strerror or str(error))
+            table = {}
+        table = _tables.setdefault(file, table)
     return table.get(key)
 
 
@@ -79,9 +85,11 @@ def find(file: Path, key: str, case: Case, names: list[str]) -> Finding | None:
     with _lock:
         found = look_up(file, key)
         if found is None:
-            found = _tables[file][key] = _in_clean_thread(case, names)
-            if found.backend:
-                _tables[file] = {**_tables[file], **_store(file, key, found)}
+            found = _in_clean_thread(case, names)
+            stored = _store(file, key, found) if found.backend else {key: found}
+            # what this process went by holds: the recomputation of a checkpoint takes the backend of its forward
+            _tables[file] = {**stored, **_tables[file]}
+            found = _tables[file][key]
     return found
 
 
@@ -118,7 +126,9 @@ def _in_clean_thread(case: Case, names: list[str]) -> Finding:
 
     def work() -> None:
         try:
-            results.append(measure(case, names, device, trains))
+            # a thread starts with the first device, and Triton and streams go by the current one
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                results.append(measure(case, names, device, trains))
         except BaseException as error:
             errors.append(error)
 
@@ -186,13 +196,13 @@ def calls(case: Case, names: list[str], device: torch.device, trains: bool) -> d
 
 
 def _read(file: Path) -> dict[str, Finding]:
-    if not file.exists():
-        return {}
     try:
         content = json.loads(file.read_text())
         if content["format"] != FORMAT:
             raise ValueError(f"its format is {content['format']!r}, not {FORMAT!r}")
-        return {key: Finding(entry["backend"], entry["ms"]) for key, entry in content["entries"].items()}
+        return {key: _finding(key, entry) for key, entry in content["entries"].items()}
+    except FileNotFoundError:
+        return {}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{CACHE_VARIABLE} names {str(file)!r}, which is no cache of kernel measurements: {error}. Name another file, "
@@ -200,13 +210,44 @@ def _read(file: Path) -> dict[str, Finding]:
         ) from error
 
 
+def _finding(key: str, entry: Any) -> Finding:
+    backend, ms = entry["backend"], entry["ms"]
+    if isinstance(backend, str) and isinstance(ms, dict) and all(isinstance(t, int | float) for t in ms.values()):
+        return Finding(backend, ms)
+    raise ValueError(f"its entry {key!r} is {entry!r}, not the name of a backend and its times in milliseconds")
+
+
 def _store(file: Path, key: str, finding: Finding) -> dict[str, Finding]:
-    """Add an entry to what other processes wrote meanwhile, and put the file in place in one step."""
-    entries = {**_read(file), key: finding}
+    """What other processes wrote meanwhile, and this entry where none of them wrote it; both go into the file."""
+    entries = {key: finding}
+    try:
+        written = _read(file)
+        entries |= written
+        if key not in written:
+            _write(file, entries)
+    except OSError as error:
+        _warn_once(file, error.strerror or str(error))
+    return entries
+
+
+def _write(file: Path, entries: dict[str, Finding]) -> None:
+    """Put the file in place in one step, with the permissions of any new file."""
     content = {"format": FORMAT, "entries": {name: entry._asdict() for name, entry in sorted(entries.items())}}
     file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, partial = tempfile.mkstemp(dir=file.parent, prefix=file.name, suffix=".partial")
-    with os.fdopen(descriptor, "w") as stream:
-        json.dump(content, stream, indent=1)
-    os.replace(partial, file)
-    return entries
+    staged = file.with_name(f"{file.name}.{uuid4().hex}.partial")
+    try:
+        staged.write_text(json.dumps(content, indent=1))
+        os.replace(staged, file)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+@cache
+def _warn_once(file: Path, problem: str) -> None:
+    logger.warning(
+        "%s names %r, which cannot be read or written: %s. What is measured is kept in this process only; to keep it for "
+        "others, name another file.",
+        CACHE_VARIABLE,
+        str(file),
+        problem,
+    )

@@ -106,7 +106,9 @@ class LoraExpertsConfig(MoeTunerConfig):
             problems += name_problems(self, name)
         problems += name_problems(self, "modules_to_save", may_be_pattern=False)
         layers = self.layers_to_transform
-        numbers = layers if isinstance(layers, list | tuple | set | range) else [layers]
+        if isinstance(layers, tuple | set | range):
+            layers = self.layers_to_transform = list(layers)
+        numbers = layers if isinstance(layers, list) else [layers]
         if layers is not None and not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
             problems.append(f"layers_to_transform must be a layer number or a list of them, but is {layers!r}.")
         return problems

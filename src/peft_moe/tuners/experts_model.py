@@ -29,6 +29,21 @@ class LoraExpertsModel(MoeTuner):
         chosen = shorten(names, [name for name, _ in self.model.named_modules()])
         return {name for name in chosen if name not in names or is_in_layers(peft_config, name)}
 
+    def _select_some(self, names: list[str], peft_config: LoraExpertsConfig) -> set[str]:
+        """[`_select`], of which something has to be left.
+
+        Raises:
+            NoMatchingPeftModuleError: `layers_to_transform` leaves nothing of `names`.
+        """
+        chosen = self._select(names, peft_config)
+        if names and not chosen:
+            raise NoMatchingPeftModuleError(
+                f"layers_to_transform={peft_config.layers_to_transform} and layers_pattern="
+                f"{peft_config.layers_pattern!r} leave none of the {len(names)} linears that {peft_config.method} found in "
+                f"{type(self.model).__name__}, such as '{names[0]}'. Name layers that the model has, or leave both out."
+            )
+        return chosen
+
     def _targets(self, peft_config: LoraExpertsConfig, model: nn.Module) -> list[str]:
         """Names of the linears that get experts, each checked.
 

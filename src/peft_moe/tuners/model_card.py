@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ Use the code below to get started with the model.
 [More Information Needed]
 """
 """What PEFT's template says where this section belongs."""
+TABLE_HEAD = "| setting | field | value |"
+TABLE = re.compile(rf"^{re.escape(TABLE_HEAD)}\n(?:\|.*\n?)+", re.MULTILINE)
 REPOSITORY = '"<this repository>"'
 AUTO_CLASSES = {
     "CAUSAL_LM": "AutoPeftModelForCausalLM",
@@ -44,7 +47,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def complete_model_card(folder: str | Path, config: MoeTunerConfig) -> None:
-    """Add a section to the card of an adapter, once; do nothing where PEFT has written no card.
+    """Add a section to the card of an adapter, or bring its table up to date; do nothing where PEFT has written no card.
 
     PEFT writes the card into the folder of the adapter `default`; any other one is saved in a subfolder of its name, and
     the card in the folder above speaks of the first of them. The Hub refuses a card whose base model is no id, so that a
@@ -61,12 +64,15 @@ def complete_model_card(folder: str | Path, config: MoeTunerConfig) -> None:
     if isinstance(base, str) and not on_hub:
         card.data.base_model = None
         card.data.tags = [tag for tag in card.data.tags or [] if tag != f"base_model:adapter:{base}"]
-    if HEADING not in card.text:
-        section = _section(config, subfolder, on_hub=on_hub)
-        if PLACEHOLDER in card.text:
-            card.text = card.text.replace(PLACEHOLDER, section)
-        else:
-            card.text = f"{card.text.rstrip()}\n\n{section}"
+    section = _section(config, subfolder, on_hub=on_hub)
+    if HEADING in card.text:
+        if subfolder is None:
+            before, heading, rest = card.text.partition(HEADING)
+            card.text = before + heading + TABLE.sub(lambda _: _table(config) + "\n", rest, count=1)
+    elif PLACEHOLDER in card.text:
+        card.text = card.text.replace(PLACEHOLDER, section)
+    else:
+        card.text = f"{card.text.rstrip()}\n\n{section}"
     card.save(folder / CARD_FILE)
 
 
@@ -108,7 +114,7 @@ def _table(config: MoeTunerConfig) -> str:
     """The settings that a reader wants to know, in the words of the configuration."""
     meaning = {field.name: field.metadata["help"].rstrip(".") for field in fields(config) if "help" in field.metadata}
     rows = [f"| {meaning[name]} | `{name}` | {_cell(getattr(config, name))} |" for name in config.card_fields]
-    return "\n".join(["| setting | field | value |", "|---|---|---|", *rows])
+    return "\n".join([TABLE_HEAD, "|---|---|---|", *rows])
 
 
 def _cell(value: Any) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 from peft import LoraConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -51,6 +53,14 @@ def test_every_suite_has_tests_of_ours_and_of_the_control():
     suites = {suite for suite, _ in found}
     assert found == {(suite, is_control) for suite in suites for is_control in (True, False)}
     assert Selection.is_short_run or suites == {suite.name for suite in SUITES}
+
+
+@pytest.mark.skipif(not expectations.IS_LISTED_VERSION, reason="the lists are for another version of PEFT")
+def test_no_suite_loses_tests():
+    if Selection.is_short_run:
+        pytest.skip("a short run does not name all tests")
+    tests = {(suite, test) for suite, test, _ in collected()}
+    assert Counter(suite for suite, _ in tests) == expectations.NUM_TESTS
 
 
 @pytest.mark.skipif(not expectations.IS_LISTED_VERSION, reason="the lists are for another version of PEFT")

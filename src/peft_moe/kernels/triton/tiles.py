@@ -57,7 +57,7 @@ def expand_tiles(num_rows: int, num_segments: int, rank: int, dtype: torch.dtype
     """As above; wide ranks get narrow tiles, and exact float32 small ones."""
     is_short = num_rows <= MIN_BLOCK * num_segments
     if dtype == torch.float32:
-        return Tiles(MIN_BLOCK if is_short else 32, 64, 8, 2)
+        return Tiles(MIN_BLOCK if is_short else 32, 32 if rank_block(rank) > 64 else 64, 8, 2)
     return Tiles(MIN_BLOCK if is_short else 64, 64 if rank_block(rank) > 64 else 128, 4, 2)
 
 

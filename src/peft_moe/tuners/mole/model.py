@@ -37,7 +37,7 @@ class MoLEModel(LoraExpertsModel):
         linear_names = text_linear_names(self.model)
         if peft_config.target_modules is None:
             blocks = find_blocks(linear_names, MLP_BLOCKS)
-            peft_config.target_modules = self._select(
+            peft_config.target_modules = self._select_some(
                 [name for block in blocks.values() for name in block], peft_config
             )
             if not peft_config.target_modules:

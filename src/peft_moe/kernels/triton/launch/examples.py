@@ -17,8 +17,10 @@ from ..tiles import (
     shrink_tiles,
     splits_of,
 )
+from .device import on_its_device
 
 
+@on_its_device
 def run_shrink(
     x_TD: torch.Tensor, w_ERD: torch.Tensor, rows: Rows, other_NR: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -59,6 +61,7 @@ def run_shrink(
     return out_NR, dots[0] if num_blocks == 1 else dots.sum(0)
 
 
+@on_its_device
 def run_expand(
     h_NR: torch.Tensor,
     w_ERO: torch.Tensor,
@@ -101,6 +104,7 @@ def run_expand(
     return out_TO
 
 
+@on_its_device
 def run_weight_gradient(
     h_NR: torch.Tensor, y_TW: torch.Tensor, weights_BK: torch.Tensor | None, rows: Rows, scaling: float
 ) -> torch.Tensor:

@@ -8,6 +8,7 @@ import triton
 from ..programs import pairs as programs
 from ..rows import Rows
 from ..tiles import needs_upcast, next_power_of_two
+from .device import on_its_device
 
 
 # ranks of a program that shrinks: few, so that a single token already occupies many cores
@@ -28,6 +29,7 @@ def expand_settings(rank: int) -> dict[str, int]:
     return {"BLOCK_R": min(next_power_of_two(rank), EXPAND_RANKS), "BLOCK_W": EXPAND_COLUMNS}
 
 
+@on_its_device
 def run_shrink(x_TD: torch.Tensor, w_ERD: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, None]:
     """`W_e x_t` for every pair `(N, R)`; no dot products, which only backward wants."""
     _, rank, width = w_ERD.shape
@@ -51,6 +53,7 @@ def run_shrink(x_TD: torch.Tensor, w_ERD: torch.Tensor, rows: Rows) -> tuple[tor
     return out_NR, None
 
 
+@on_its_device
 def run_expand(
     h_NR: torch.Tensor,
     w_ERO: torch.Tensor,

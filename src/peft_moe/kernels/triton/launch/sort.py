@@ -7,10 +7,11 @@ import triton
 
 from ..programs import sort as programs
 from ..tiles import next_power_of_two
+from .device import on_its_device
 
 
 # choices times experts that a program compares at once
-SORT_TILE = 4096
+SORT_TILE = 2048
 # programs for each slot, where there are as many experts
 SORT_PROGRAMS = 32
 SORT_WARPS = 8
@@ -22,6 +23,7 @@ def sort_blocks(num_experts: int) -> tuple[int, int]:
     return max(SORT_TILE // experts, 64), experts
 
 
+@on_its_device
 def run_sort(index_BK: torch.Tensor, tokens_per_example: int, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
     """`token_of_row (N,)` and `segment_end (K·E,)` of a contiguous choice, both int32, in one launch."""
     num_examples, top_k = index_BK.shape
