@@ -185,7 +185,7 @@ STAND_INS = {
     "ClusterAdapterRouter": (with_adapters, {'("adapters")': '("adapters", encoder=encoder)'}),
     "PromptReader": lambda: {**with_chats(), "instruction_text": instruction_text},
     "MoExtendConfig": moe,
-    "Extender": moe,
+    "Extender": (moe, {"steps=1000": "steps=2"}),
     "choose_layers": with_report,
 }
 
