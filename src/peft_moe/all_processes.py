@@ -1,9 +1,10 @@
 """Load balancing over the tokens of all processes of a distributed run, where a configuration asks for it.
 
 A load-balancing loss is a function of sums over tokens. For `router_aux_loss_scope="global"` the sums of the other
-processes are added before the function is applied. They come by one all-reduce at the end of the forward pass: in backward
-it could meet those of data parallelism in another order on each process. Gradients flow to the tokens of the own process
-only; each process contributes its part, and data parallelism adds the parts up.
+processes are added before the function is applied. They come by an all-reduce at the end of the forward pass: in backward
+it could meet those of data parallelism in another order on each process. One before it checks that all processes ran the
+same routers; for that one the host waits. Gradients flow to the tokens of the own process only; each process contributes its
+part, and data parallelism adds the parts up.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ class MoExtendConfig(MoeTunerConfig):
             experts.
         router_aux_loss_scope (`"process"` or `"global"`):
             Whose tokens are balanced in a distributed run: those of each process by itself, or those of all processes in
-            the same forward pass, by one small all-reduce. `"global"` lets a process specialise on the kind of data that
+            the same forward pass, by two small all-reduces. `"global"` lets a process specialise on the kind of data that
             it happens to get, and is not for `"mole"`, which balances each sample by itself.
         router_z_loss_coef (`float`):
             Weight of the router z-loss. 0 turns it off.
