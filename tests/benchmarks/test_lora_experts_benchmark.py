@@ -6,11 +6,13 @@ import dataclasses
 import json
 import math
 import sys
+from pathlib import Path
 
 import contenders
 import cuda_stand_in
 import fit_auto_rule
 import lora_experts as benchmark
+import plot
 import pytest
 import report
 import result_file
@@ -208,3 +210,13 @@ def test_a_result_file_is_whole_at_any_moment(tmp_path):
     with pytest.raises(TypeError):
         result_file.write({"a": object()}, given)
     assert json.loads((tmp_path / "found.json").read_text()) == {"a": 1} and len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_plot_shows_the_geometric_means_of_the_table():
+    result = json.loads((Path(plot.__file__).parent / "results/cpu_fp32_auto.json").read_text())
+    figure = plot.plot(result)
+    panels = {axis.get_title(): [text.get_text() for text in axis.texts] for axis in figure.axes if axis.get_visible()}
+    top_1 = [report.times_of(cell, result) for cell in result["cells"] if report.is_train(cell, 1)]
+    ratios = [[row[name] / row["peft_r"] for row in top_1] for name in ("base", "auto", "loop")]
+    assert len(panels) == 6
+    assert panels[f"T ≥ 1024, top-1 ({len(top_1)} shapes)"] == [f"{report.geomean(found):.2f}" for found in ratios]

@@ -199,7 +199,7 @@ def test_a_broken_calibration_is_named():
 
 
 def test_a_broken_gate_is_named():
-    model = extend(MIXTRAL)
+    model = extend(MIXTRAL).train()
     routers_of(model)[0].moextend_gate["default"].weight.data.fill_(float("nan"))
     with pytest.raises(
         FloatingPointError, match="layers.0.mlp.gate' .adapter default. gave values that are not finite"
@@ -208,7 +208,7 @@ def test_a_broken_gate_is_named():
 
 
 def test_safe_merge_refuses_what_is_not_finite():
-    model = extend(MIXTRAL)
+    model = extend(MIXTRAL).train()
     routers_of(model)[0].moextend_gate["default"].weight.data.fill_(float("nan"))
     with pytest.raises(
         ValueError, match="The adapter default seems to be broken: moextend_gate.default.weight is not"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.nn.functional import pad
 
 from .blocks import COUNT_NAMES, WIDTH_NAMES, MoeBlock, gate_weight_name, num_groups, per_expert_tensors
 
@@ -108,8 +109,10 @@ def places(counts: list[int], groups: int, *, device: torch.device | str | None 
 
 def old_first(output: Any, counts: list[int], groups: int) -> Any:
     """What a router returned for the order of [`in_groups`], in the order old experts, first adapter, second, …"""
+    if groups == 1:
+        return output
     routing = read_routing(output, sum(counts))
-    if groups == 1 or isinstance(routing, str):
+    if isinstance(routing, str):
         return output
     place = places(counts, groups, device=routing.top_k_index.device)
     logits = routing.router_logits.index_select(-1, place)
@@ -148,10 +151,12 @@ def lengthen(
     counts = [tensors[weight_name][0].shape[0], *(entry[weight_name].shape[0] for entry in rows)]
     if offset is not None:
         # a constant input whose weight is the offset: the router adds it by itself, before it chooses
-        column = in_groups([offset.new_zeros(counts[0]), *offset.split(counts[1:])], 0, groups)
+        column = pad(offset, (counts[0], 0))
+        if groups > 1:
+            column = in_groups(list(column.split(counts)), 0, groups)
         weight = longer[weight_name]
         longer[weight_name] = torch.cat([weight, column.to(weight.dtype).unsqueeze(-1)], dim=-1)
-        hidden_states = torch.cat([hidden_states, hidden_states.new_ones(*hidden_states.shape[:-1], 1)], dim=-1)
+        hidden_states = pad(hidden_states, (0, 1), value=1.0)
     return longer, hidden_states, counts
 
 

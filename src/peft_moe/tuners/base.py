@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -97,21 +98,21 @@ def check_finite(values: torch.Tensor, what: str) -> None:
     """
     if torch.compiler.is_compiling() or values.is_meta:
         return
-    is_finite = _all_finite(values)
+    total = _total(values)
     message = (
         f"{what} that are not finite. The hidden states or the adapter contain NaN or infinity: lower the learning rate, "
         "clip gradients, or check the checkpoint."
     )
     if values.device.type == "cpu":
-        if not is_finite:
+        if not math.isfinite(total.item()):
             raise FloatingPointError(message)
     elif values.is_cuda:
-        torch._assert_async(is_finite, message)
+        torch._assert_async(torch.isfinite(total), message)
 
 
-def _all_finite(values: torch.Tensor) -> torch.Tensor:
+def _total(values: torch.Tensor) -> torch.Tensor:
     # half precision overflows in the sum of finite values
-    return torch.isfinite(values.sum(dtype=torch.promote_types(values.dtype, torch.float32)))
+    return values.sum(dtype=torch.promote_types(values.dtype, torch.float32))
 
 
 class MoeTunerConfig(PeftConfig):
@@ -243,7 +244,7 @@ def check_adapter_state_dict(
     diverged = [
         name
         for name, found in fitting.items()
-        if found.is_floating_point() and not found.is_meta and not _all_finite(found)
+        if found.is_floating_point() and not found.is_meta and not _total(found).isfinite()
     ]
     problems = [
         f"{len(found)} tensors {what}, for example {found[0]}"

@@ -154,6 +154,12 @@ FAILS = [
         ids="*same:lora *different:lora *different:mole-one-expert",
     ),
     Listed(
+        "The test wants other outputs than those of the base model; gates at the mean of the others hardly ever win.",
+        "test_safe_merge",
+        "moextend-calibrated",
+        suites="custom",
+    ),
+    Listed(
         "Without cluster_ids only the universal expert is used: gates and embeddings stay as they are.",
         "test_only_params_are_updated",
         "mocle-without-ids",

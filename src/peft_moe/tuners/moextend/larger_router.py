@@ -52,6 +52,11 @@ class LargerRouter:
         output = self._copied(router, "", longer, sum(counts), width)(hidden_states, *args, **kwargs)
         return old_first(output, counts, self.groups)
 
+    def weight_of(self, router: nn.Module) -> torch.Tensor:
+        """The matrix `(E, D)` of `router`."""
+        assert self.weight_name is not None
+        return _tensor(router, self.weight_name)
+
     def _copied(
         self, module: nn.Module, name: str, tensors: dict[str, torch.Tensor], num_experts: int, width: int | None
     ) -> nn.Module:

@@ -156,6 +156,8 @@ class MoExtendRouter(MoExtendLayer):
             offset=_offsets(gates),
             **{name: self._with_corrections(argument, gates) for name, argument in kwargs.items()},
         )
+        if not self._concerns_others(names):
+            return output
         num_experts = self.block.num_experts + sum(self.num_new[name] for name in names)
         routing = read_routing(output, num_experts, is_probability=self.is_probability)
         if isinstance(routing, str):
@@ -166,9 +168,17 @@ class MoExtendRouter(MoExtendLayer):
         balancing = next((name for name in names if name in self.aux_loss.functions), names[0])
         return routing.with_weights(self._balanced(balancing, routing, weights, hidden_states.shape[:-1]))
 
+    def _concerns_others(self, names: list[str]) -> bool:
+        """Whether anything but the experts reads the decision: a decoded token takes no detour."""
+        return (
+            self.training
+            or self.recorder.needs_record(is_training=False)
+            or any(name in self.moextend_calibration for name in names)
+        )
+
     def _check_zero3(self, hidden_states: torch.Tensor) -> None:
         """Raise where DeepSpeed ZeRO-3 would gather the block too late, or count its gradients before they are there."""
-        parameter = next(self.base_layer.parameters())
+        parameter = self.larger_router.weight_of(self.base_layer)
         if not hasattr(parameter, "ds_id"):
             return
         if not hasattr(parameter, "ds_z3_leaf_module"):
@@ -236,14 +246,14 @@ class MoExtendRouter(MoExtendLayer):
 
 
 def _offsets(gates: list[GateRows]) -> torch.Tensor | None:
-    if all(gate.offset is None for gate in gates):
+    offsets = [gate.offset for gate in gates]
+    if all(offset is None for offset in offsets):
         return None
-    return torch.cat(
-        [
-            next(gate.parameters()).new_zeros(len(next(gate.parameters()))) if gate.offset is None else gate.offset
-            for gate in gates
-        ]
-    )
+    parts = [
+        next(gate.parameters()).new_zeros(len(next(gate.parameters()))) if offset is None else offset
+        for gate, offset in zip(gates, offsets, strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class MoExtendExperts(MoExtendLayer):
@@ -284,7 +294,7 @@ class MoExtendExperts(MoExtendLayer):
         start = self.block.num_experts
         is_eager = not torch.compiler.is_compiling()
         needs_gradient = any(_learns(self.moextend_experts[name]) for name in names)
-        if is_eager and not needs_gradient and not bool((top_k_index >= start).any()):
+        if is_eager and not needs_gradient and not (top_k_index.numel() and int(top_k_index.max()) >= start):
             return self.base_layer(hidden_states, top_k_index, top_k_weights)  # type: ignore[no-any-return]
         if not is_eager:
             # shapes must not depend on the routing: all tokens go everywhere, with weight 0 where they do not belong
