@@ -85,8 +85,8 @@ conformance: test-assets  ## PEFT's own tests over our tuners, LoRA beside them:
 test-versions:  ## tests/versions.py: the oldest and the newest versions, and Python 3.10 to 3.13
 	@$(PYTHON) tests/versions.py
 
-errors: $(INSTALLED)  ## write docs/reference/errors.md from what the fast tests see
-	@$(PYTEST) $(FAST) --error-table=write $(PYTEST_ARGS)
+errors: test-assets  ## write docs/reference/errors.md from what the tests of `make test` see
+	@$(PYTEST) -m "not gpu and not exhaustive" -n $(WORKERS) --dist loadgroup --error-table=write $(PYTEST_ARGS)
 
 coverage: test-assets  ## the tests of `make test`, with the share of src/ that they run
 	@$(PYTEST) -m "not gpu and not exhaustive" -n $(WORKERS) --dist loadgroup --cov --cov-report=term:skip-covered $(PYTEST_ARGS)

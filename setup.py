@@ -16,7 +16,7 @@ REQUIRED = [
     "evaluate>=0.4.6",
     "huggingface_hub>=1.5.0",
     "peft>=0.21.0",
-    "safetensors>=0.4.3",
+    "safetensors>=0.7.0",
     "scikit-learn>=1.5.0",
     "torch>=2.7.0",
     "transformers>=5.10.1",
@@ -27,7 +27,7 @@ EXTRAS = {
     "plots": ["matplotlib>=3.8"],
     "flash-attn": ["flash-attn>=2.7"],
     "triton": ["triton>=3.3; platform_system == 'Linux'"],
-    "quantization": ["bitsandbytes>=0.48"],
+    "quantization": ["bitsandbytes>=0.49", "torchao>=0.16"],
     "trl": ["trl>=1.0.0"],
 }
 EXTRAS["all"] = sorted({requirement for name in EXTRAS if name != "flash-attn" for requirement in EXTRAS[name]})
@@ -39,7 +39,7 @@ EXTRAS["test"] = [
     "gguf>=0.17",
     "hypothesis>=6.100",
     "pytest>=8.4",
-    "pytest-cov>=6.0",
+    "pytest-cov>=7.0",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
     "xllamacpp>=2026.10; platform_system == 'Linux' and platform_machine == 'x86_64'",

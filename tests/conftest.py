@@ -12,6 +12,7 @@ import torch
 from error_table import pytest_addoption, pytest_configure  # noqa: F401
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items):
     """Slow tests that share what a fixture makes for their file run in one process: elsewhere it would be made again."""
     for item in items:

@@ -1,15 +1,25 @@
-"""Prints the lower bounds of `install_requires` in setup.py as pins: `pip install -e '.[test]' $(python tests/floors.py)`."""
+"""Prints the lower bounds in setup.py as pins: `pip install -e '.[test]' $(python tests/floors.py)`.
+
+They are those of `install_requires`, and of the extra `quantization`: torchao names no version of torch, so that pip takes
+the newest, which cannot be imported with the oldest torch.
+"""
 
 import re
 from pathlib import Path
 
 
+LISTS = {"REQUIRED": r"^REQUIRED = \[(.*?)^\]", "EXTRAS['quantization']": r'^    "quantization": \[(.*?)\]'}
+
+
 def floors(setup_text: str) -> list[str]:
-    """Every `name>=version` of the list REQUIRED, as `name==version`."""
-    required = re.search(r"^REQUIRED = \[(.*?)^\]", setup_text, re.DOTALL | re.MULTILINE)
-    if required is None:
-        raise SystemExit("setup.py has no list REQUIRED = [...], from which the oldest versions are read.")
-    return [f"{name}=={version}" for name, version in re.findall(r'"([\w-]+)>=([\w.]+)', required.group(1))]
+    """Every `name>=version` of these lists, as `name==version`."""
+    pins = []
+    for name, pattern in LISTS.items():
+        found = re.search(pattern, setup_text, re.DOTALL | re.MULTILINE)
+        if found is None:
+            raise SystemExit(f"setup.py has no list {name}, from which the oldest versions are read.")
+        pins += [f"{package}=={version}" for package, version in re.findall(r'"([\w-]+)>=([\w.]+)', found.group(1))]
+    return pins
 
 
 if __name__ == "__main__":

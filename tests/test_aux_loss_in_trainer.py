@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from transformers import TrainingArguments
 
 from aux_by_hand import COEF, GradientTrap, assert_same, build, expected_gradient, label_share, outside_loss, rows_of
@@ -29,8 +30,11 @@ from tiny_models import token_batch
 )
 def test_trainer_gives_each_micro_batch_its_share(tmp_path, loss_type, steps, arguments, trainer_arguments):
     batches = [token_batch(2, 12, num_padding=2 + 2 * i, seed=i) for i in range(steps)]
+    is_bf16 = arguments.get("bf16", False)
+    # bf16 rounds the gradient of task and auxiliary loss together: the larger the latter, the less of it is lost
+    factor = 10 if is_bf16 else 1
     found = []
-    for coef in (COEF, 0.0):
+    for coef in (factor * COEF, 0.0):
         model = build(coef=coef, router_aux_loss_type=loss_type)
         trainer = GradientTrap(
             model,
@@ -52,9 +56,10 @@ def test_trainer_gives_each_micro_batch_its_share(tmp_path, loss_type, steps, ar
         trainer.train()
         found.append(trainer.trapped)
     difference = found[0] - found[1]
-    expected = expected_gradient(batches, label_share(batches), loss_type)
-    if arguments.get("bf16"):
-        ratio = (difference.norm() / expected.norm()).item()
-        assert ratio == pytest.approx(1.0, abs=5e-2)
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
+        expected = factor * expected_gradient(batches, label_share(batches), loss_type)
+    if is_bf16:
+        assert (difference.norm() / expected.norm()).item() == pytest.approx(1.0, abs=1e-2)
+        assert torch.nn.functional.cosine_similarity(difference, expected, dim=0) > 0.999
         return
     assert_same(difference, expected)

@@ -32,19 +32,17 @@ LADDER = [
 FLOOR = {part: floor for floor, parts in enumerate(LADDER) for part in parts}
 
 SCRIPT = f"""
-import json, sys, time
+import json, sys
 import peft
 before = set(sys.modules)
-start = time.perf_counter()
 import peft_moe
-seconds = time.perf_counter() - start
 heavy = [name for name in {HEAVY} if name in sys.modules and name not in before]
 members = [m.name for m in peft.PeftType]
 import importlib
 importlib.import_module("peft_moe")
 exec("import peft_moe; from peft_moe import *")
 again = [m.name for m in peft.PeftType]
-print(json.dumps({{"heavy": heavy, "seconds": seconds, "same": members == again, "count": members.count("MOLE")}}))
+print(json.dumps({{"heavy": heavy, "same": members == again, "count": members.count("MOLE")}}))
 """
 
 
@@ -66,11 +64,6 @@ def test_import_brings_no_optional_package(fresh_import):
 def test_import_twice_is_harmless(fresh_import):
     assert fresh_import["same"]
     assert fresh_import["count"] == 1
-
-
-def test_import_adds_little_time_to_that_of_peft(fresh_import):
-    # measured 0.1 s; a heavy package would cost a second or more
-    assert fresh_import["seconds"] < 1.5
 
 
 def part_of(module: str) -> str:

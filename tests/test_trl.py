@@ -107,7 +107,7 @@ def test_grpo_trains_experts_and_routers(tmp_path):
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     args = trl.GRPOConfig(
         str(tmp_path), max_steps=2, per_device_train_batch_size=2, num_generations=2, max_completion_length=4,
-        report_to=[], use_cpu=True, bf16=False, save_strategy="no", learning_rate=1e-2,
+        report_to=[], use_cpu=True, bf16=False, save_strategy="no", learning_rate=1e-2, gradient_accumulation_steps=2,
     )  # fmt: skip
     trainer = trl.GRPOTrainer(
         model,

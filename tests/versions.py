@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -35,8 +36,8 @@ class Row:
 
     def run(self) -> tuple[bool, str]:
         """Whether the tests passed, and which versions those were."""
-        python = shutil.which(f"python{self.python}")
-        if python is None or subprocess.run([python, "--version"], capture_output=True).returncode != 0:
+        python = interpreter(self.python)
+        if python is None:
             return False, f"python{self.python} was not found: install it, or run the rows that need another one"
         venv = ROOT / f".venv-{self.name}"
         if "--upgrade" in self.pins:
@@ -50,6 +51,17 @@ class Row:
             return False, "the environment could not be made"
         report = subprocess.run([venv / "bin/python", "-c", REPORT, *PACKAGES], capture_output=True, text=True)
         return passed, report.stdout.strip() or "not everything could be installed"
+
+
+def interpreter(version: str) -> str | None:
+    """Path of a Python of this minor version: one that is on the path and starts, or the newest that pyenv has."""
+    on_path = shutil.which(f"python{version}")
+    if on_path is not None and subprocess.run([on_path, "--version"], capture_output=True).returncode == 0:
+        return on_path
+    pyenv = Path(os.environ.get("PYENV_ROOT") or "~/.pyenv").expanduser()
+    installed = pyenv.glob(f"versions/{version}.*/bin/python")
+    newest = max(installed, key=lambda path: [int(n) for n in re.findall(r"\d+", path.parts[-3])], default=None)
+    return None if newest is None else str(newest)
 
 
 def rows() -> dict[str, list[Row]]:

@@ -19,6 +19,7 @@ DISTRIBUTIONS = (
     "trl",
     "triton",
     "bitsandbytes",
+    "torchao",
     "sentence-transformers",
     "flash-attn",
 )

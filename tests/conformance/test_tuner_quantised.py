@@ -12,8 +12,8 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import AutoModelForCausalLM
-from tuner_cases import one_case_per_tuner
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from tuner_cases import ONE_PER_TUNER, one_case_per_tuner
 
 
 def bitsandbytes_config(**settings):
@@ -34,11 +34,11 @@ def int8():
 
 def torchao_int8():
     if importlib.util.find_spec("torchao") is None:
-        pytest.skip("torchao is not installed")
+        pytest.skip("torchao is not installed: pip install 'peft_moe[quantization]'")
     from torchao.quantization import Int8WeightOnlyConfig
     from transformers import TorchAoConfig
 
-    return TorchAoConfig(Int8WeightOnlyConfig())
+    return TorchAoConfig(Int8WeightOnlyConfig(version=2))
 
 
 KINDS = {
@@ -47,6 +47,8 @@ KINDS = {
     "torchao-int8": (torchao_int8, "Linear"),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
+IN_SHORT = [("mole", "nf4"), ("moextend", "torchao-int8")]
+"""of the rows with `Trainer`, those that are not exhaustive"""
 
 
 def quantised(case, kind, folder):
@@ -124,3 +126,53 @@ def test_quantised_base_layers_are_kept_as_they_are(case, kind, tmp_path):
     assert adapted
     assert all(layers[name] is module for name, module in adapted.items())
     assert all(module is layers[name] for name, module in model.unload().named_modules() if name in layers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    [
+        pytest.param(
+            case,
+            kind,
+            id=f"{case.tuner}-{kind}",
+            marks=() if (case.tuner, kind) in IN_SHORT else pytest.mark.exhaustive,
+        )
+        for case in ONE_PER_TUNER
+        for kind in KINDS
+    ],
+)
+def test_trainer_saves_and_resumes_to_the_bit(case, kind, tmp_path):
+    first = trainer_on_quantised(case, kind, tmp_path)
+    before = trained_parameters(first)
+    first.train()
+    expected = trained_parameters(first)
+    assert all(not torch.equal(expected[name], before[name]) for name in before)
+    resumed = trainer_on_quantised(case, kind, tmp_path)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+    assert resumed.state.global_step == 2
+    for name, parameter in trained_parameters(resumed).items():
+        assert torch.equal(parameter, expected[name]), name
+
+
+def trainer_on_quantised(case, kind, folder):
+    """Two steps with gradient checkpointing, each of which is saved."""
+    base = prepare_model_for_kbit_training(quantised(case, kind, folder / "base"))
+    torch.manual_seed(7)
+    model = get_peft_model(base, case.config())
+    rows = [{name: value[i] for name, value in case.batch(4).items()} for i in range(4)]
+    arguments = TrainingArguments(
+        str(folder / "out"),
+        max_steps=2,
+        save_steps=1,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        gradient_checkpointing=True,
+        report_to=[],
+        use_cpu=True,
+    )
+    return Trainer(model, arguments, train_dataset=rows)
+
+
+def trained_parameters(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}

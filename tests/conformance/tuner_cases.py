@@ -152,6 +152,5 @@ CASES += [
 ]
 
 every_tuner = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-one_case_per_tuner = pytest.mark.parametrize(
-    "case", list({case.tuner: case for case in reversed(CASES)}.values()), ids=lambda case: case.tuner
-)
+ONE_PER_TUNER = list({case.tuner: case for case in reversed(CASES)}.values())
+one_case_per_tuner = pytest.mark.parametrize("case", ONE_PER_TUNER, ids=lambda case: case.tuner)

@@ -91,8 +91,8 @@ def of_sft(folder: str, steps: int = 3) -> float:
     return norm_ratio(effect(train), expected_gradient(batches, label_share(batches)))
 
 
-def of_outside(make: Callable[[torch.nn.Module], Any]) -> float:
-    """A trainer that builds its loss outside the model: each forward pass that trains weighs 1."""
+def outside(make: Callable[[torch.nn.Module], Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Measured and by hand, for a trainer that builds its loss outside the model: each pass that trains weighs 1."""
     passes: list[dict[str, torch.Tensor]] = []
 
     def train(model):
@@ -112,18 +112,18 @@ def of_outside(make: Callable[[torch.nn.Module], Any]) -> float:
     model = build(coef=0.0)
     total = sum(aux_by_hand(model, batch) for batch in passes)
     gradients = torch.autograd.grad(total, trainable(model), allow_unused=True, materialize_grads=True)
-    return norm_ratio(found[: sum(g.numel() for g in gradients)], torch.cat([g.flatten() for g in gradients]).double())
+    return found[: sum(g.numel() for g in gradients)], torch.cat([g.flatten() for g in gradients]).double()
 
 
-def dpo(folder: str) -> Callable[[torch.nn.Module], Any]:
-    args = trl.DPOConfig(folder, bf16=False, **COMMON)
+def dpo(folder: str, **arguments: Any) -> Callable[[torch.nn.Module], Any]:
+    args = trl.DPOConfig(folder, bf16=False, **COMMON, **arguments)
     return lambda model: trapping(trl.DPOTrainer)(
         model, args=args, train_dataset=preference_rows(), processing_class=tiny_tokenizer()
     )
 
 
-def grpo(folder: str) -> Callable[[torch.nn.Module], Any]:
-    args = trl.GRPOConfig(folder, bf16=False, num_generations=2, max_completion_length=4, **COMMON)
+def grpo(folder: str, **arguments: Any) -> Callable[[torch.nn.Module], Any]:
+    args = trl.GRPOConfig(folder, bf16=False, num_generations=2, max_completion_length=4, **COMMON, **arguments)
     return lambda model: trapping(trl.GRPOTrainer)(
         model,
         reward_funcs=lambda completion_ids, **_: [float(sum(ids)) for ids in completion_ids],
@@ -167,8 +167,8 @@ def in_one_process(folder: str) -> Iterator[tuple[str, str, float]]:
     yield "`Trainer`", "`label_smoothing_factor`, 4 micro-batches", of_trainer(folder, 4, label_smoothing_factor=0.1)
     yield "`Trainer`", "`compute_loss_func`, 4 micro-batches", of_trainer(folder, 4, loss=outside_loss)
     yield "trl `SFTTrainer`", "3 micro-batches", of_sft(folder)
-    yield "trl `DPOTrainer`", "against a weight of 1", of_outside(dpo(folder))
-    yield "trl `GRPOTrainer`", "against a weight of 1", of_outside(grpo(folder))
+    yield "trl `DPOTrainer`", "against a weight of 1", norm_ratio(*outside(dpo(folder)))
+    yield "trl `GRPOTrainer`", "against a weight of 1", norm_ratio(*outside(grpo(folder)))
 
 
 def main() -> None:

@@ -1,8 +1,7 @@
 """DeepSpeed, built without its compiled parts into a cache outside git, for the tests that need it.
 
-`python tests/distributed/fetch_deepspeed.py` builds it and prints its folder (27 MB). The cache is `$PEFT_MOE_CACHE`, or
-`~/.cache/peft_moe`. It is not installed into the environment: its presence alone changes what accelerate and
-transformers import.
+`python tests/distributed/fetch_deepspeed.py` builds it and prints its folder (27 MB). It is not installed into the
+environment: its presence alone changes what accelerate and transformers import.
 """
 
 from __future__ import annotations
@@ -10,10 +9,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
-from filelock import FileLock
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from asset_cache import cached_folder  # noqa: E402
 
 
 VERSION = "0.19.8"
@@ -21,31 +21,16 @@ VERSION = "0.19.8"
 REQUIREMENTS = ("einops==0.8.2", "hjson==3.1.0", "msgpack==1.2.4", "ninja==1.13.2", "py-cpuinfo==9.0.0")
 
 
-def deepspeed_packages(cache_dir: str | Path | None = None, *, download: bool = False) -> Path:
+def deepspeed_packages(*, download: bool = False) -> Path:
     """Folder to be put at the end of the path.
 
     Args:
-        cache_dir: Where it is kept. Defaults to `$PEFT_MOE_CACHE`, else `~/.cache/peft_moe`.
         download: Fetch and build what is not there.
 
     Raises:
         RuntimeError: It is not there and `download` is not set, or it cannot be built.
     """
-    cache = Path(cache_dir or os.environ.get("PEFT_MOE_CACHE") or "~/.cache/peft_moe").expanduser()
-    target = cache / f"deepspeed-{VERSION}"
-    if target.is_dir():
-        return target
-    if not download:
-        raise RuntimeError(f"DeepSpeed {VERSION} is not in {cache}. Run 'make test-assets', which builds it there.")
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / f"{target.name}.lock"):
-        if target.is_dir():
-            return target
-        with tempfile.TemporaryDirectory(dir=cache, prefix=f"{target.name}.") as scratch:
-            built = Path(scratch) / target.name
-            _install(built)
-            built.rename(target)
-    return target
+    return cached_folder(f"deepspeed-{VERSION}", _install, download=download)
 
 
 def _install(folder: Path) -> None:

@@ -1,6 +1,6 @@
-"""What is trained across processes: tiny models of each method, and batches that differ between two ranks.
+"""What is trained across processes: tiny models of each method, and batches that differ between ranks.
 
-Rank 1 has a smaller batch, fewer labels and so few words that some expert gets none of its tokens.
+All ranks but the first have a smaller batch, fewer labels and so few words that some expert gets none of their tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tiny_moe import BY_NAME
 
 
 COEF = 0.5
-NUM_RANKS = 2
+FIRST_WORD = 5
 NUM_STEPS = 2
 NUM_MICRO_BATCHES = 2
 Batch = dict[str, Any]
@@ -44,9 +44,9 @@ def mole_on_bf16() -> nn.Module:
     return model
 
 
-def mocle(cluster_embedding_scope: str = "model") -> nn.Module:
+def mocle(cluster_embedding_scope: str = "model", *, base: nn.Module | None = None) -> nn.Module:
     """Three experts and a universal one for six clusters."""
-    base = tiny_llama()
+    base = tiny_llama() if base is None else base
     torch.manual_seed(7)
     config = MoCLEConfig(
         num_clusters=6,
@@ -76,14 +76,21 @@ def moextend(coef: float = COEF, **settings: Any) -> nn.Module:
 
 
 def moe_llava() -> nn.Module:
-    """All of a sparse LLaVA trains; its auxiliary loss is part of `outputs.loss`."""
-    model = MoeLlavaForConditionalGeneration.from_dense(tiny_llava(), expert_noise=1.0)
+    """All of a sparse LLaVA with eight experts trains; its auxiliary loss is part of `outputs.loss`."""
+    model = MoeLlavaForConditionalGeneration.from_dense(tiny_llava(), num_experts=8, expert_noise=1.0)
     model.config.text_config.router_aux_loss_coef = COEF
     return model
 
 
+def moe_llava_with_frozen_tower() -> nn.Module:
+    """Each parameter that trains gets a gradient, which the last norm of the vision tower does not."""
+    model = moe_llava()
+    model.model.vision_tower.requires_grad_(False)
+    return model
+
+
 def text_batch(rank: int, number: int, *, is_even: bool = False) -> Batch:
-    """Two samples of many words on rank 0; on rank 1 a single one of two words that ends in padding."""
+    """Two samples of many words on rank 0; on each other rank a single one of two words that ends in padding."""
     generator = torch.Generator().manual_seed(10 * number + rank)
     size, words = ((2, 12), (3, 64)) if rank == 0 or is_even else ((1, 12), (3, 5))
     input_ids = torch.randint(*words, size, generator=generator)
@@ -99,12 +106,16 @@ def text_batch(rank: int, number: int, *, is_even: bool = False) -> Batch:
 def clustered_batch(rank: int, number: int) -> Batch:
     """Examples of one rank are of one cluster."""
     batch = text_batch(rank, number)
-    return {**batch, "cluster_ids": torch.full((len(batch["input_ids"]),), (0, 3)[rank])}
+    return {**batch, "cluster_ids": torch.full((len(batch["input_ids"]),), (0, 3, 1, 4)[rank])}
 
 
 def picture_batch(rank: int, number: int) -> Batch:
-    """Images and text, as many labels on each rank."""
-    batch = image_batch(seed=10 * number + rank)
+    """Images and text: two samples of many words on rank 0; on each other rank a single one of two words."""
+    padding = rank + number % 2
+    batch = image_batch(1 if rank else 2, 9 - padding, num_padding=padding, seed=10 * number + rank)
+    if rank:
+        input_ids = batch["input_ids"]
+        batch["input_ids"] = torch.where(input_ids < FIRST_WORD, input_ids, FIRST_WORD + input_ids % 2)
     return {**batch, "labels": labels_of(batch)}
 
 
@@ -115,12 +126,10 @@ class Case:
     Args:
         build: makes the model, always with the same weights.
         batch: of a rank, by its number.
-        counts_labels: whether the loss is divided by the labels of the whole step.
     """
 
     build: Callable[[], nn.Module]
     batch: Callable[[int, int], Batch]
-    counts_labels: bool = True
 
 
 CASES = {
@@ -136,20 +145,19 @@ CASES = {
     "moextend": Case(moextend, text_batch),
     "moextend-task-only": Case(lambda: moextend(0.0), text_batch),
     "moextend-global": Case(lambda: moextend(router_aux_loss_scope="global"), text_batch),
-    "moe_llava": Case(moe_llava, picture_batch, counts_labels=False),
+    "moe_llava": Case(moe_llava, picture_batch),
+    "moe_llava-frozen-tower": Case(moe_llava_with_frozen_tower, picture_batch),
 }
 
 
-def steps_of(case: Case) -> list[list[list[Batch]]]:
-    """Batches by step, micro-batch and rank."""
+def steps_of(case: Case, num_ranks: int = 2) -> list[list[list[Batch]]]:
+    """Batches by step, micro-batch and rank; the loss of each is divided by the labels of the whole step."""
     steps = []
     for step in range(NUM_STEPS):
         numbers = range(step * NUM_MICRO_BATCHES, (step + 1) * NUM_MICRO_BATCHES)
-        batches = [[case.batch(rank, number) for rank in range(NUM_RANKS)] for number in numbers]
-        if case.counts_labels:
-            labels = sum(batch["labels"][:, 1:].ne(-100).sum() for row in batches for batch in row)
-            batches = [[{**batch, "num_items_in_batch": labels} for batch in row] for row in batches]
-        steps.append(batches)
+        batches = [[case.batch(rank, number) for rank in range(num_ranks)] for number in numbers]
+        labels = sum(batch["labels"][:, 1:].ne(-100).sum() for row in batches for batch in row)
+        steps.append([[{**batch, "num_items_in_batch": labels} for batch in row] for row in batches])
     return steps
 
 
@@ -181,11 +189,10 @@ def train(model: nn.Module, steps: list[list[list[Batch]]], num_processes: int, 
     optimizer = torch.optim.SGD(trained.values(), lr=0.1)
     losses, gradient = [], None
     for step in steps:
-        share = 1 / (len(step) * NUM_RANKS)
         for batch in (batch for row in step for batch in row):
             loss = model.train()(**batch).loss
             losses.append(loss.item())
-            (loss * num_processes * (1 if "num_items_in_batch" in batch else share)).backward()
+            (loss * num_processes).backward()
         if gradient is None:
             gradient = {
                 name: torch.zeros(p.shape) if p.grad is None else whole(p.grad).detach().clone()

@@ -1,4 +1,4 @@
-"""The `Trainer` under DDP, DeepSpeed ZeRO-2 and ZeRO-3 and transformers' own FSDP: as in one process, by the same rows.
+"""The `Trainer` under DDP, FSDP2, DeepSpeed ZeRO-2 and ZeRO-3 and transformers' own FSDP: as in one process.
 
 The configurations are those of `examples/accelerate_configs`.
 """
@@ -18,6 +18,7 @@ from parallel_cases import rows
 from peft import PeftModel
 
 from aux_by_hand import aux_by_hand
+from peft_moe import MoeLlavaForConditionalGeneration
 from tiny_models import tiny_llama
 from tiny_moe import BY_NAME
 
@@ -67,11 +68,14 @@ def ratio_of_aux_loss(found: dict, task_only: dict, name: str) -> float:
     return (effect.norm() / expected.norm()).item()
 
 
-def assert_saved_adapter_is_whole(found: dict, folder: Path, name: str) -> None:
-    base = BY_NAME["mixtral"].build() if name == "moextend" else tiny_llama()
-    loaded = dict(
-        PeftModel.from_pretrained(base, folder / name / "checkpoint-2", is_trainable=True).named_parameters()
-    )
+def assert_saved_weights_are_whole(found: dict, folder: Path, name: str) -> None:
+    checkpoint = folder / name / "checkpoint-2"
+    if name.startswith("moe_llava"):
+        model = MoeLlavaForConditionalGeneration.from_pretrained(checkpoint)
+    else:
+        base = BY_NAME["mixtral"].build() if name == "moextend" else tiny_llama()
+        model = PeftModel.from_pretrained(base, checkpoint, is_trainable=True)
+    loaded = dict(model.named_parameters())
     assert found["weights"].keys() <= loaded.keys()
     assert all(torch.equal(loaded[key], weight) for key, weight in found["weights"].items())
 
@@ -84,7 +88,7 @@ def test_zero3_trains_mole_like_one_process_and_resumes(tmp_path):
     assert torch.equal(flat(first["mole"]["weights"]), flat(second["mole"]["weights"]))
     assert_as_in_one_process(first["mole"], tmp_path / "one", "mole")
     assert ratio_of_aux_loss(first["mole"], first["mole-task-only"], "mole") == pytest.approx(1.0, abs=1e-2)
-    assert_saved_adapter_is_whole(first["mole"], tmp_path / "two", "mole")
+    assert_saved_weights_are_whole(first["mole"], tmp_path / "two", "mole")
 
 
 @pytest.mark.exhaustive
@@ -95,14 +99,47 @@ def test_zero_trains_every_method_like_one_process_and_resumes(tmp_path, stage):
         assert found[name]["sharing"] == SHARING[stage]
         assert torch.equal(flat(found[name]["weights"]), flat(found[name]["resumed"]))
         assert_as_in_one_process(found[name], tmp_path / "one", name)
-        assert_saved_adapter_is_whole(found[name], tmp_path / "two", name)
+        assert_saved_weights_are_whole(found[name], tmp_path / "two", name)
     assert ratio_of_aux_loss(found["mole"], found["mole-task-only"], "mole") == pytest.approx(1.0, abs=1e-2)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("stage", SHARING)
+def test_zero_trains_moe_llava_like_one_process_and_resumes(tmp_path, stage):
+    found = launch_zero(tmp_path / "two", stage, "moe_llava")[0]["moe_llava"]
+    assert found["sharing"] == SHARING[stage]
+    assert torch.equal(flat(found["weights"]), flat(found["resumed"]))
+    assert_as_in_one_process(found, tmp_path / "one", "moe_llava")
+    assert_saved_weights_are_whole(found, tmp_path / "two", "moe_llava")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("ram_efficient", ["false", "true"])
+def test_fsdp2_by_accelerate_trains_like_one_process_and_resumes(tmp_path, ram_efficient):
+    # SGD has no state, and torch then cannot tell the device when it loads the optimizer
+    options = {"accumulation": 2, "optim": "adamw_torch", "resumes": True}
+    options["fsdp2"] = {"FSDP_CPU_RAM_EFFICIENT_LOADING": ram_efficient}
+    names = ("mole", "mole-on-bf16", "mocle", "moextend", "moe_llava-frozen-tower")
+    found, other = launch(SCRIPT, tmp_path / "two", 2, json.dumps(options), *names, accelerate=CONFIGS / "fsdp2.yaml")
+    for name in names:
+        assert found[name]["sharing"].startswith("FSDP") and found[name]["sharing"].endswith("of DTensor")
+        assert torch.equal(flat(found[name]["weights"]), flat(other[name]["weights"]))
+        assert torch.equal(flat(found[name]["weights"]), flat(found[name]["resumed"]))
+        assert_as_in_one_process(found[name], tmp_path / "one", name, optim="adamw_torch")
+        assert_saved_weights_are_whole(found[name], tmp_path / "two", name)
+
+
+@pytest.mark.exhaustive
+def test_accelerate_takes_ddp_for_fsdp_on_a_cpu(tmp_path):
+    options = {"accumulation": 2, "steps": 1}
+    found, _ = launch(SCRIPT, tmp_path, 2, json.dumps(options), "mole", accelerate=CONFIGS / "fsdp2.yaml")
+    assert found["mole"]["sharing"] == "DistributedDataParallel"
 
 
 @pytest.mark.exhaustive
 def test_ddp_by_accelerate_trains_like_one_process_with_a_smaller_last_batch(tmp_path):
     options = {"accumulation": 1, "batch_size": 2, "rows": 7}
-    names = ("mole", "mocle", "moextend")
+    names = ("mole", "mocle", "moextend", "moe_llava")
     found, _ = launch(SCRIPT, tmp_path / "two", 2, json.dumps(options), *names, accelerate=CONFIGS / "ddp.yaml")
     for name in names:
         assert found[name]["sharing"] == "DistributedDataParallel"
@@ -110,9 +147,12 @@ def test_ddp_by_accelerate_trains_like_one_process_with_a_smaller_last_batch(tmp
 
 
 @pytest.mark.exhaustive
-def test_fsdp_of_transformers_trains_mole_like_one_process(tmp_path):
-    tiny_llama().save_pretrained(tmp_path / "base")
+def test_fsdp_of_transformers_trains_like_one_process(tmp_path):
+    bases = {"mole": tiny_llama(), "mocle": tiny_llama(), "moe_llava": parallel_cases.moe_llava()}
+    for name, base in bases.items():
+        base.save_pretrained(tmp_path / "base" / name)
     options = {"accumulation": 2, "base": str(tmp_path / "base"), "layout": {"fsdp_size": 2}}
-    found, _ = launch(SCRIPT, tmp_path / "two", 2, json.dumps(options), "mole")
-    assert found["mole"]["sharing"].endswith("of DTensor")
-    assert_as_in_one_process(found["mole"], tmp_path / "one", "mole")
+    found, _ = launch(SCRIPT, tmp_path / "two", 2, json.dumps(options), *bases)
+    for name in bases:
+        assert found[name]["sharing"].endswith("of DTensor")
+        assert_as_in_one_process(found[name], tmp_path / "one", name)

@@ -1,4 +1,4 @@
-"""DDP and FSDP2 of plain torch: two ranks train as one process does, and what they save loads in one."""
+"""DDP and FSDP2 of plain torch: two ranks, or four, train as one process does, and what they save loads in one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,13 @@ SETTINGS = [
     *(f"fsdp/{name}/none" for name in ("mole", "mocle", "moextend", "mole-task-only", "mole-global", "mole-on-bf16")),
     *(f"fsdp/{name}/non_reentrant" for name in ("mole", "mocle", "moextend")),
     *(f"fsdp/{name}/reentrant" for name in ("mole", "mocle", "moextend")),
+    "ddp-unused/moe_llava/none",
     "fsdp/moe_llava/none",
+]
+WITH_FOUR = [
+    *(f"ddp/{name}/none" for name in ("mole", "mocle", "moextend", "mole-global")),
+    "ddp-unused/moe_llava/none",
+    *(f"fsdp/{name}/none" for name in ("mole", "mocle", "moextend", "moe_llava")),
 ]
 
 
@@ -42,12 +48,17 @@ def ranks(run_folder):
     )
 
 
-def one_process(name: str, checkpointing: str) -> dict:
-    """The same training without any other process. What is balanced over both ranks is one batch here."""
+@pytest.fixture(scope="module")
+def four_ranks(tmp_path_factory):
+    return launch(Path(__file__).parent / "train_wrapped.py", tmp_path_factory.mktemp("four"), 4, *WITH_FOUR)
+
+
+def one_process(name: str, checkpointing: str, num_ranks: int) -> dict:
+    """The same training without any other process. What is balanced over all ranks is one batch here."""
     case = CASES[name]
     model = case.build()
     checkpoint(model, checkpointing)
-    steps = steps_of(case)
+    steps = steps_of(case, num_ranks)
     if name.endswith("-global"):
         steps = [[[joined(row)] for row in step] for step in steps]
     return train(model, steps, 1)
@@ -57,26 +68,37 @@ def flat(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.cat([tensors[name].flatten().float() for name in sorted(tensors)])
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_two_ranks_train_like_one_process(ranks, setting):
+def assert_as_in_one_process(ranks: list[dict], setting: str) -> None:
     _, name, checkpointing = setting.split("/")
-    first, second = (rank[setting] for rank in ranks)
-    single = one_process(name, checkpointing)
+    first, *others = (rank[setting] for rank in ranks)
+    single = one_process(name, checkpointing, len(ranks))
     assert first["weights"].keys() == single["weights"].keys()
-    assert torch.equal(flat(first["weights"]), flat(second["weights"]))
+    for other in others:
+        assert torch.equal(flat(first["weights"]), flat(other["weights"]))
     before = {n: p for n, p in CASES[name].build().named_parameters() if p.requires_grad}
     assert (flat(single["weights"]) - flat(before)).abs().max() > 1e-3
     gradient = flat(single["gradient"])
     assert (flat(first["gradient"]) - gradient).norm() < 1e-5 * gradient.norm()
     torch.testing.assert_close(flat(first["weights"]), flat(single["weights"]), rtol=1e-5, atol=1e-5)
     if not name.endswith("-global"):
-        losses = [loss for pair in zip(first["losses"], second["losses"], strict=True) for loss in pair]
+        losses = [loss for row in zip(*(rank[setting]["losses"] for rank in ranks), strict=True) for loss in row]
         assert losses == pytest.approx(single["losses"], abs=1e-5)
 
 
-@pytest.mark.parametrize("name", ["mole", "moextend"])
-def test_an_expert_was_without_a_token_on_one_rank_alone(ranks, name):
-    first, second = (rank[f"ddp/{name}/none"]["idle"] for rank in ranks)
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_two_ranks_train_like_one_process(ranks, setting):
+    assert_as_in_one_process(ranks, setting)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("setting", WITH_FOUR)
+def test_four_ranks_train_like_one_process(four_ranks, setting):
+    assert_as_in_one_process(four_ranks, setting)
+
+
+@pytest.mark.parametrize("setting", ["ddp/mole/none", "ddp/moextend/none", "ddp-unused/moe_llava/none"])
+def test_an_expert_was_without_a_token_on_one_rank_alone(ranks, setting):
+    first, second = (rank[setting]["idle"] for rank in ranks)
     assert any(idle and not busy for busy, idle in zip(first, second, strict=True))
 
 

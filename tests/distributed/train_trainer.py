@@ -15,12 +15,15 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from launching import write_report
-from parallel_cases import CASES, mole, rows
+from parallel_cases import CASES, mocle, mole, rows
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+from peft_moe import MoeLlavaForConditionalGeneration
 
 
 if find_spec("deepspeed"):
@@ -29,6 +32,14 @@ if find_spec("deepspeed"):
 
     # compiling this takes more than a minute, and gloo does the same
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+# fsdp_transformer_layer_cls_to_wrap: of the configuration, which is for MoLE, and what else has to stand there
+CONFIGURED_GROUPS = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "")
+FSDP_GROUPS = {
+    "mocle": "LlamaDecoderLayer,ClusterEmbedding",
+    "moextend": "MixtralDecoderLayer",
+    "moe_llava-frozen-tower": "LlamaDecoderLayer,MoeLlavaTopKRouter",
+}
 
 
 def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -65,6 +76,11 @@ def sharing(trainer: Trainer) -> str:
 def new_trainer(model: nn.Module, folder: Path, name: str, options: dict, **more) -> Trainer:
     """Each with a state of accelerate of its own."""
     AcceleratorState._reset_state()
+    if "fsdp2" in options:
+        # accelerate has FSDP for devices other than a CPU: it is told that this is one, and does the rest by itself
+        PartialState(cpu=True).distributed_type = DistributedType.MULTI_XPU
+        groups = FSDP_GROUPS.get(name, CONFIGURED_GROUPS)
+        os.environ.update({**options["fsdp2"], "FSDP_TRANSFORMER_CLS_TO_WRAP": groups})
     args = TrainingArguments(
         str(folder / name),
         per_device_train_batch_size=options.get("batch_size", 1),
@@ -81,7 +97,7 @@ def new_trainer(model: nn.Module, folder: Path, name: str, options: dict, **more
         save_strategy="steps" if options.get("resumes") else "no",
         save_steps=1,
         train_sampling_strategy="sequential",
-        accelerator_config={"even_batches": False},
+        accelerator_config={"even_batches": False, "use_configured_state": "fsdp2" in options},
         **options.get("arguments", {}),
     )
     if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
@@ -92,7 +108,8 @@ def new_trainer(model: nn.Module, folder: Path, name: str, options: dict, **more
 
 def run(folder: Path, name: str, options: dict) -> dict:
     """Train a case, then perhaps again from the checkpoint in the middle."""
-    model = build(name, options)
+    # both now: once there is a configuration of ZeRO-3, transformers shares out what it builds
+    model, again = build(name, options), build(name, options)
     before, first = weights_of(model), FirstStep()
     trainer = new_trainer(model, folder, name, options, callbacks=[first])
     trainer.train()
@@ -105,7 +122,6 @@ def run(folder: Path, name: str, options: dict) -> dict:
         "processes": trainer.accelerator.num_processes,
     }
     if options.get("resumes"):
-        again = build(name, options)
         for parameter in again.parameters():
             parameter.data *= 0.5 if parameter.requires_grad else 1.0
         trainer = new_trainer(again, folder, name, options)
@@ -119,8 +135,10 @@ def build(name: str, options: dict) -> nn.Module:
     if "base" in options:
         from transformers.distributed import DistributedConfig
 
-        load = AutoModelForCausalLM.from_pretrained
-        return mole(base=load(options["base"], distributed_config=DistributedConfig(**options["layout"])))
+        tuner = {"mole": mole, "mocle": mocle}.get(name)
+        load = (AutoModelForCausalLM if tuner else MoeLlavaForConditionalGeneration).from_pretrained
+        base = load(Path(options["base"], name), distributed_config=DistributedConfig(**options["layout"]))
+        return tuner(base=base) if tuner else base
     model = CASES[name].build()
     if name.startswith("moextend"):
         model.enable_input_require_grads()

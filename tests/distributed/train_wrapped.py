@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from launching import write_report
-from parallel_cases import CASES, checkpoint, steps_of, text_batch, train
+from parallel_cases import CASES, Batch, checkpoint, steps_of, text_batch, train
 from peft import PeftModel
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -23,6 +23,7 @@ from peft_moe.monitoring import ExpertLoad
 from peft_moe.monitoring.window import TrainWindow
 from peft_moe.recording import get_recorder
 from peft_moe.routing import ClusterEmbedding, TopKRouter
+from told import tell
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:
@@ -40,7 +41,7 @@ def shard(model: nn.Module, *, groups: tuple[type, ...] = (ClusterEmbedding, Moe
         fully_shard(layer)
     fully_shard(model)
     for parameter in model.parameters():
-        assert isinstance(parameter, DTensor) and parameter.device_mesh.size() == 2
+        assert isinstance(parameter, DTensor) and parameter.device_mesh.size() == dist.get_world_size()
     assert sum(p.to_local().numel() for p in model.parameters()) < 0.7 * sum(p.numel() for p in model.parameters())
 
 
@@ -49,11 +50,11 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def idle_experts(model: nn.Module) -> list[bool]:
-    """For each expert of each router, whether no token of the last pass went there."""
-    recorder = get_recorder(model)
-    records = recorder.latest.records.get("default", {}) if recorder is not None and recorder.latest else {}
-    return [bool(idle) for entry in records.values() for idle in entry.expert_counts.sum(dim=0) == 0]
+def idle_experts(model: nn.Module, batch: Batch) -> list[bool]:
+    """For each expert of each router, whether no token of this rank goes there."""
+    with torch.no_grad(), record_expert_load(model) as load:
+        model(**batch)
+    return [count == 0 for counts in load.by_router().values() for count in counts]
 
 
 def save_and_answer(model: nn.Module, folder: Path) -> torch.Tensor:
@@ -75,15 +76,15 @@ def run(wrapper: str, name: str, checkpointing: str, folder: Path) -> dict:
     """Train a case on the batches of this rank."""
     case = CASES[name]
     model = case.build()
+    steps = [[[row[dist.get_rank()]] for row in step] for step in steps_of(case, dist.get_world_size())]
+    idle = idle_experts(model.eval(), steps[0][0][0])
     checkpoint(model, checkpointing)
     if wrapper == "fsdp":
         shard(model)
         wrapped = model
     else:
         wrapped = DistributedDataParallel(model, find_unused_parameters=wrapper == "ddp-unused")
-    steps = [[[row[dist.get_rank()]] for row in step] for step in steps_of(case)]
-    found = train(wrapped, steps, dist.get_world_size(), whole)
-    found["idle"] = idle_experts(model)
+    found = {**train(wrapped, steps, dist.get_world_size(), whole), "idle": idle}
     if wrapper == "fsdp" and checkpointing == "none" and name in ("mole", "mocle", "moextend"):
         found["logits"] = save_and_answer(model, folder / name)
     return found
@@ -96,7 +97,7 @@ def shared_table_in_the_group_of_a_layer() -> dict:
     try:
         model(**CASES["mocle"].batch(dist.get_rank(), 0))
     except RuntimeError as error:
-        return {"error": str(error)}
+        return {"error": tell(error)}
     return {"error": None}
 
 
@@ -124,7 +125,7 @@ def corners_of_the_global_scope() -> dict:
     try:
         model(**text_batch(dist.get_rank(), 0))
     except RuntimeError as error:
-        found["error"] = str(error)
+        found["error"] = tell(error)
     return found
 
 

@@ -109,6 +109,10 @@ class HubServer:
         request.check_token()
         return Answer({"type": "user", "name": USER, "orgs": [], "auth": {"type": "access_token"}})
 
+    def agents(self, request: Request) -> Answer:
+        """What `hf` asks for on the command line, to tell who calls it."""
+        return Answer({"standardEnvVars": [], "harnesses": {}})
+
     def validate_yaml(self, request: Request) -> Answer:
         errors = card_problems(request.json()["content"])
         body = {"errors": [{"message": message} for message in errors], "warnings": []}
@@ -294,6 +298,7 @@ ROUTES: list[tuple[str, str, Callable[..., Answer]]] = [
     ("POST", "/fail-next", HubServer.fail_next),
     ("POST", "/api/repos/create", HubServer.create),
     ("GET", "/api/whoami-v2", HubServer.whoami),
+    ("GET", "/api/agent-harnesses", HubServer.agents),
     ("POST", "/api/validate-yaml", HubServer.validate_yaml),
     ("POST", f"/api/models/{NAME}/preupload/(?P<revision>[^/]+)", HubServer.preupload),
     ("POST", f"/api/models/{NAME}/commit/(?P<revision>[^/]+)", HubServer.commit),

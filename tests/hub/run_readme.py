@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -35,7 +38,11 @@ trl.SFTTrainer = partial(trl.SFTTrainer, args=settings)
 program = re.search(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 assert program is not None
 names: dict = {}
+os.chdir(FOLDER)
 exec(compile(program.group(1), "README.md", "exec"), names)
+command = re.search(r"in a shell: hf (.*)", program.group(1))
+assert command is not None
+subprocess.run([sys.executable, "-m", "huggingface_hub.cli.hf", *command.group(1).split()], check=True)
 
 model = names["model"]
 expect("readme", model, token_batch(num_padding=0))

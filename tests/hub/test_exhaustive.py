@@ -6,24 +6,11 @@ from typing import Any
 
 import pytest
 from hub_process import run_script
-from hub_server import HubServer
 
 from conformance.tuner_cases import every_tuner
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.exhaustive]
-
-
-@pytest.fixture(scope="module")
-def hub():
-    with HubServer() as server:
-        yield server
-
-
-@pytest.fixture(autouse=True)
-def _every_request_was_understood_and_every_fault_has_struck(hub):
-    yield
-    hub.check()
 
 
 @pytest.fixture(scope="module")

@@ -14,5 +14,6 @@ def test_the_program_of_the_readme_runs(tmp_path):
         loaded = run_script(hub, "load_readme.py", tmp_path, tmp_path / "other_home")
         assert hub.unhandled == []
         assert "adapter_model.safetensors" in hub.files("my-name/my-adapter")
+        assert b"import peft_moe" in hub.read("my-name/my-adapter", "README.md")
     assert trained["trained"] == trained["parameters"] > 0
     assert loaded["loaded"] == "equal"

@@ -184,7 +184,7 @@ def test_weights_that_cannot_train_are_refused(layers):
 def test_quantised_weights_that_claim_to_be_floating_point_are_refused():
     quantization = pytest.importorskip("torchao.quantization")
     model = sparse_llava()
-    quantization.quantize_(model.model.language_model, quantization.Int8WeightOnlyConfig())
+    quantization.quantize_(model.model.language_model, quantization.Int8WeightOnlyConfig(version=2))
     with pytest.raises(
         ValueError, match="Stage II trains the attention, dense MLPs.*are quantised.*q_proj.weight is Int8"
     ):

@@ -33,6 +33,7 @@ def total(*tables: dict[str, list[int]]) -> dict[str, list[int]]:
 @pytest.mark.slow
 def test_two_processes_count_what_both_saw(tmp_path):
     ranks = run_two_processes(tmp_path)
+    assert [rank.pop("gathered") for rank in ranks] == [[["", 0.1, None], ["ü" * 1000, 0.1, None]]] * 2
     assert [result["world_size"] for rank in ranks for result in rank.values()] == [2] * 6
     first, second = (rank["none"] for rank in ranks)
     assert first["hand"]["train"] != second["hand"]["train"]

@@ -6,7 +6,6 @@ import copy
 import itertools
 import json
 import math
-import pickle
 from collections import Counter
 
 import pytest
@@ -173,11 +172,11 @@ def test_all_reduce_adds_what_every_process_has_seen(monkeypatch):
     other.add_pass(made_up(torch.tensor([[0, 1], [2, 3]]), 4))  # a stack that this process never saw
 
     def gather(value):
-        gathered.append(pickle.loads(pickle.dumps(value)))
+        gathered.append(json.loads(json.dumps(value)))
         return gathered
 
     gathered: list = []
-    monkeypatch.setattr("peft_moe.monitoring.pathways.gather_objects", gather)
+    monkeypatch.setattr("peft_moe.monitoring.pathways.gather_json", gather)
     other.all_reduce()
     total = mine.all_reduce()
     assert set(total.stacks) == {"model.language_model.layers", "layers"}

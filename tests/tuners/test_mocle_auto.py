@@ -104,12 +104,15 @@ def ids_of(clusterer, texts: list[str]) -> torch.Tensor:
     return clusterer.predict(texts)
 
 
-def spy(model) -> list[list[int]]:
+def spy(model, adapter_name: str = "default") -> list[list[int] | None]:
+    """The clusters in each call of the first layer; `None` where the adapter knows none."""
     seen = []
-    layer = next(iter(layers_of(model).values()))
-    layer.register_forward_pre_hook(
-        lambda module, args: seen.append(module.scopes["default"].lookup.of_running_pass(module.recorder).ids.tolist())
-    )
+
+    def look(layer, args):
+        ids = layer.scopes[adapter_name].lookup.of_running_pass(layer.recorder).ids
+        seen.append(None if ids is None else ids.tolist())
+
+    next(iter(layers_of(model).values())).register_forward_pre_hook(look)
     return seen
 
 
@@ -269,6 +272,35 @@ class TestWithoutIds:
             if "mocle_centroids" in name:
                 assert torch.equal(centroids, clusterer.centroids), name
         assert sum("mocle_centroids" in name for name, _ in model.named_buffers()) == 2
+
+    @pytest.mark.parametrize("how", ["added", "loaded"])
+    def test_an_adapter_of_the_same_clustering_that_comes_later_finds_them_too(
+        self, model, clusterer, adapter_folder, how
+    ):
+        attach_encoder(model)
+        if how == "added":
+            model.add_adapter("ref", model.peft_config["default"])
+        else:
+            model.load_adapter(adapter_folder, "ref")
+        model.delete_adapter("default")
+        model.set_adapter("ref")
+        seen = spy(model, "ref")
+        model(**tokens_of(TEXTS))
+        assert seen == [ids_of(clusterer, TEXTS).tolist()]
+
+    @pytest.mark.parametrize(
+        "difference",
+        [{}, {"centroids": torch.eye(3, 16)}, {"template": "about {}"}, {"instruction_pattern": "(.*)"}],
+        ids=["none", "centroids", "template", "pattern"],
+    )
+    def test_one_of_another_clustering_does_not(self, model, clusterer, encoder_folder, difference):
+        other = InstructionClusterer(**{"centroids": clusterer.centroids, "encoder": encoder_folder, **difference})
+        attach_encoder(model)
+        model.add_adapter("other", config_of(other, fallback="universal"))
+        model.set_adapter("other")
+        seen = spy(model, "other")
+        model(**tokens_of(TEXTS))
+        assert seen == [None if difference else ids_of(clusterer, TEXTS).tolist()]
 
 
 class TestRefusals:

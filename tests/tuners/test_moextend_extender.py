@@ -392,3 +392,20 @@ def main(folder: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+
+
+def test_what_is_not_text_is_stacked_and_text_is_padded(tmp_path):
+    batch = image_batch()
+    rows = [{name: rows[i] for name, rows in batch.items()} for i in range(len(batch["input_ids"]))]
+    for name in ("input_ids", "attention_mask", "labels"):
+        rows[1][name] = rows[1][name][:-2]
+    vocabulary = {f"w{i}": i for i in range(64)}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="w1")), pad_token="w0", unk_token="w1"
+    )
+    extender = Extender(tiny_moe_llava(), tokenizer)
+    report = extender.measure(rows, rows, 2, learning_rate=0.05, batch_size=2, args=quiet(tmp_path))
+    assert report.num_probe_tokens == sum(len(row["input_ids"]) for row in rows)
+    rows[1]["pixel_values"] = rows[1]["pixel_values"][..., :-1]
+    with pytest.raises(ValueError, match="'pixel_values' of different shapes"):
+        extender.measure(rows, rows, 2, batch_size=2, args=quiet(tmp_path))

@@ -9,9 +9,10 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
+from peft_moe.pretrained_moe import gate_weight_name
 from peft_moe.tuners.moextend import MoExtendConfig
 from peft_moe.tuners.moextend.layer import MoExtendExperts, MoExtendRouter
-from tiny_moe import BY_NAME, FAMILIES, NUM_EXPERTS, MoeFamily, moe_batch
+from tiny_moe import BY_NAME, FAMILIES, NUM_EXPERTS, MoeFamily, moe_batch, tiny_moe_llava
 
 
 every_family = pytest.mark.parametrize(
@@ -21,6 +22,7 @@ every_family = pytest.mark.parametrize(
         for f in FAMILIES
     ],
 )
+every_guarded_family = pytest.mark.parametrize("family", [p for p in every_family.args[1] if p.values[0].is_linear])
 
 
 def config_for(family: MoeFamily, **overrides) -> MoExtendConfig:
@@ -36,6 +38,14 @@ def config_for(family: MoeFamily, **overrides) -> MoExtendConfig:
 def extend(family: MoeFamily, *, shake: float = 0.0, **overrides) -> PeftModel:
     """The extended model in evaluation mode; `shake` moves what trains away from where it begins."""
     model = get_peft_model(family.build(), config_for(family, **overrides)).eval()
+    shaken(model, shake)
+    return model
+
+
+def extend_llava(*, shake: float = 0.0, **overrides) -> PeftModel:
+    """Our own MoeLlava, extended in its layers with experts; as `extend`."""
+    defaults = {"copy_sources": {0: 1, 2: 3}, "router_aux_loss_coef": 0.0, "task_type": "CAUSAL_LM"}
+    model = get_peft_model(tiny_moe_llava(), MoExtendConfig(**{**defaults, **overrides})).eval()
     shaken(model, shake)
     return model
 
@@ -74,6 +84,20 @@ def outputs_of(model: nn.Module, **inputs) -> list[tuple[torch.Tensor, ...]]:
     logits_of(model, **inputs)
     for handle in handles:
         handle.remove()
+    return found
+
+
+def scores_of(model: nn.Module) -> list[torch.Tensor]:
+    """The logits `(T, E + N)` of each extended router for the batch, also where it returns probabilities of them."""
+    routers = routers_of(model)
+    if not routers[0].is_probability:
+        return [logits for logits, _, _ in outputs_of(model)]
+    found = []
+    for router in routers:
+        owner, _, _ = gate_weight_name(router.base_layer, NUM_EXPERTS).rpartition(".")
+        matrix = router.base_layer.get_submodule(owner)
+        matrix.register_forward_hook(lambda module, args, output: found.append(output))
+    logits_of(model)
     return found
 
 
@@ -140,7 +164,7 @@ def test_disabled_is_the_base_model_to_the_bit(family):
         assert_same(logits_of(adapted), expected, family)
 
 
-@every_family
+@every_guarded_family
 def test_copy_guarded_is_the_base_model_at_the_start(family):
     adapted = extend(family, init="copy_guarded")
     assert not any((chosen >= NUM_EXPERTS).any() for chosen in choices_of(adapted))
@@ -150,7 +174,9 @@ def test_copy_guarded_is_the_base_model_at_the_start(family):
 @every_family
 def test_copy_changes_no_token_that_does_not_choose_the_copy(family):
     layer = family.moe_layers[0]
-    (chosen,) = choices_of(extend(family, layers=[layer], copy_sources={layer: 0}, init="copy_guarded"))
+    adapted = extend(family, layers=[layer], copy_sources={layer: 0})
+    with adapted.disable_adapter():
+        (chosen,) = choices_of(adapted)
     source = int(chosen.flatten().bincount().argmax())
     adapted = extend(family, layers=[layer], copy_sources={layer: source})
     router = routers_of(adapted)[0]
@@ -173,15 +199,33 @@ def test_copy_changes_no_token_that_does_not_choose_the_copy(family):
 
 @every_family
 def test_zero_gate_gives_the_new_expert_the_logit_0(family):
-    for logits, _, _ in outputs_of(extend(family, init="zero_gate", num_new_experts=2)):
+    for logits in scores_of(extend(family, init="zero_gate", num_new_experts=2)):
         assert logits.shape[-1] == NUM_EXPERTS + 2
         assert not logits[..., NUM_EXPERTS:].any()
 
 
 @every_family
 def test_mean_gate_gives_the_new_expert_the_mean_of_the_old_logits(family):
-    for logits, _, _ in outputs_of(extend(family, init="mean_gate")):
+    for logits in scores_of(extend(family, init="mean_gate")):
         torch.testing.assert_close(logits[..., -1], logits[..., :-1].mean(dim=-1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("init", ["copy", "zero_gate", "mean_gate"])
+def test_the_scale_of_an_expert_is_copied_whatever_its_row_is_so_that_it_learns_at_once(init):
+    if "gemma4" not in BY_NAME:
+        pytest.skip("transformers does not have the family yet")
+    base = BY_NAME["gemma4"].build()
+    for layer in base.model.layers:
+        layer.router.per_expert_scale.data = torch.tensor([0.5, 2.0, 3.0, 4.0])
+    adapted = get_peft_model(base, config_for(BY_NAME["gemma4"], init=init))
+    assert all(router.moextend_gate["default"].per_expert_scale == 2.0 for router in routers_of(adapted))
+    adapted(**moe_batch()).loss.backward()
+    experts = [module for module in adapted.modules() if isinstance(module, MoExtendExperts)]
+    assert len(experts) == 3
+    assert all(layer.moextend_experts["default"].down_proj.grad.any() for layer in experts)
+
+
+IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 
 
 @every_family
@@ -189,7 +233,7 @@ def test_experts_implementations_agree(family):
     adapted = extend(family, shake=0.1)
     expected = logits_of(adapted)
     model = adapted.base_model.model
-    for implementation in ("eager", "grouped_mm", "batched_mm"):
+    for implementation in IMPLEMENTATIONS:
         model.set_experts_implementation(implementation)
         assert all(
             module.moextend_experts["default"].config._experts_implementation == implementation
@@ -197,6 +241,27 @@ def test_experts_implementations_agree(family):
             if isinstance(module, MoExtendExperts)
         )
         torch.testing.assert_close(logits_of(adapted), expected, rtol=1e-5, atol=2e-5, msg=implementation)
+
+
+def gradients_of(model: nn.Module, **inputs) -> dict[str, torch.Tensor | None]:
+    """Of everything that trains, for the batch."""
+    model.zero_grad()
+    model(**{**moe_batch(), **inputs}).loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("expert_type", ["ffn", "lora"])
+def test_gradients_of_experts_implementations_agree(name, expert_type):
+    adapted = extend(BY_NAME[name], shake=0.1, expert_type=expert_type, num_new_experts=2).train()
+    found = {}
+    for implementation in IMPLEMENTATIONS:
+        adapted.base_model.model.set_experts_implementation(implementation)
+        found[implementation] = gradients_of(adapted)
+    assert any(gradient.any() for key, gradient in found["eager"].items() if "moextend_experts" in key)
+    for implementation in IMPLEMENTATIONS[1:]:
+        for key, expected in found["eager"].items():
+            torch.testing.assert_close(found[implementation][key], expected, rtol=1e-4, atol=1e-5, msg=key)
 
 
 @every_family

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
+from packaging.version import Version
+from peft import PeftModel, get_peft_model
 from test_moextend_families import (
     BY_NAME,
     config_for,
@@ -27,6 +31,7 @@ from tiny_moe import FAMILIES, NUM_EXPERTS, moe_batch
 MIXTRAL = BY_NAME["mixtral"]
 SCORING = {  # is_sigmoid, is_normalized
     "phimoe": None,
+    "gemma4": None,  # scales them by expert
     "deepseek_v3": (True, True),
     "glm4_moe": (True, True),
     "nemotron_h": (True, True),
@@ -94,12 +99,70 @@ def test_how_a_router_weighs_is_measured(family):
     scoring = measure_scoring(router.base_layer, router.block)
     expected = SCORING.get(family.name, (False, True))
     assert (None if scoring is None else (scoring.is_sigmoid, scoring.is_normalized)) == expected
+    assert scoring is None or not scoring.is_single
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "olmoe", "deepseek_v2", "deepseek_v3", "dots1", "gpt_oss"])
+def test_the_calibration_of_the_released_code_is_its_formula_however_the_router_weighs(name):
+    if name not in BY_NAME:
+        pytest.skip("transformers does not have the family yet")
+    family = BY_NAME[name]
+    is_sigmoid, is_normalized = SCORING.get(name, (False, True))
+    model = extend(family, shake=0.1, calibration="released_code", num_new_experts=2)
+    router = routers_of(model)[0]
+    seen = []
+    router.register_forward_hook(lambda module, args, output: seen.append((args[0], *output)))
+    model(**moe_batch())
+    ((x, _, found, index),) = seen
+    gate, calibration = router.moextend_gate["default"], router.moextend_calibration["default"]
+    rows = torch.cat([router.base_layer.weight, gate.weight])
+    bias = torch.cat([router.base_layer.bias, gate.bias]) if name == "gpt_oss" else None
+    logits = F.linear(x.flatten(0, -2), rows, bias)
+    p = logits.sigmoid() if is_sigmoid else logits.softmax(dim=-1)
+    assert torch.equal(index.sort().values, p.topk(2).indices.sort().values)
+    q = p + F.linear(F.gelu(F.linear(p, calibration.in_weight)), calibration.out_weight)
+    q = q.gather(-1, index)
+    assert q.min() > 0  # no limit reached
+    scale = getattr(model.config, "routed_scaling_factor", 1.0)
+    expected = scale * (q / q.sum(dim=-1, keepdim=True) if is_normalized else q)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found, scale * p.gather(-1, index), rtol=1e-2)
+    probe = torch.randn(found.shape)
+    inputs = [*gate.parameters(), *calibration.parameters()]
+    gradients = [torch.autograd.grad((w * probe).sum(), inputs, retain_graph=True) for w in (found, expected)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+TOP_1 = {
+    "a fixed weight": ("mixtral", {"calibration": "released_code"}, False),
+    "a fixed weight in inference": ("mixtral", {"calibration": "released_code", "inference_mode": True}, False),
+    "the other form": ("mixtral", {"calibration": "paper"}, True),
+    "a weight that varies": ("qwen2_moe", {"calibration": "released_code"}, True),
+}
+
+
+@pytest.mark.parametrize(("name", "settings", "acts"), TOP_1.values(), ids=TOP_1)
+def test_a_calibration_that_cannot_act_on_a_single_expert_is_said_once(name, settings, acts, tmp_path):
+    family = BY_NAME[name]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = get_peft_model(family.build(num_experts_per_tok=1), config_for(family, **settings)).eval()
+        model.save_pretrained(tmp_path)
+        PeftModel.from_pretrained(family.build(num_experts_per_tok=1), tmp_path, is_trainable=True)
+    said = [str(entry.message) for entry in caught if "choose one expert per token" in str(entry.message)]
+    assert len(said) == (not acts and "inference_mode" not in settings)
+    assert all("the routers of layers [0, 1, 2] choose" in message for message in said)
+    plain = logits_of(model)
+    for router in routers_of(model):
+        router.moextend_calibration["default"].out_weight.data.normal_()
+    assert torch.allclose(logits_of(model), plain, rtol=1e-5, atol=1e-5) is not acts
 
 
 @every_family
 @pytest.mark.parametrize("form", ["released_code", "paper"])
 def test_calibration_begins_as_the_identity_and_then_acts_and_trains(family, form):
-    if family.name == "phimoe" and form == "released_code":
+    if form == "released_code" and SCORING.get(family.name, ()) is None:
         with pytest.raises(ValueError, match="proportional neither to the softmax nor to the sigmoid"):
             extend(family, calibration=form)
         return
@@ -202,5 +265,7 @@ def test_a_copy_of_the_model_computes_the_same():
 
 
 def test_the_table_of_families_is_the_one_that_is_promised():
+    if Version(transformers.__version__) < Version("5.17"):
+        pytest.skip("routers of older transformers leave part of the routing to the block around them")
     assert len(FAMILIES) == len({family.name for family in FAMILIES}) >= 15
     assert config_for(MIXTRAL).num_new_experts == 1

@@ -30,6 +30,8 @@ def described(module) -> dict:
 @every_family
 @pytest.mark.parametrize("init", ["copy", "copy_guarded"])
 def test_it_computes_what_functional_call_does_and_leaves_the_router_alone(family, init):
+    if init == "copy_guarded" and not family.is_linear:
+        pytest.skip("the router has no place for an offset")
     model = extend(family, shake=0.1, init=init, guard_offset=-0.5, num_new_experts=2)
     router = routers_of(model)[0]
     gate = router.moextend_gate["default"]

@@ -189,6 +189,11 @@ def test_pads_change_nothing_and_the_model_is_plain(family: MoeFamily, kind, tmp
         with pytest.raises(ValueError, match="merge_and_unload.pad_experts=.batch, ...."):
             model.merge_and_unload(pad_experts=True)
         assert torch.equal(logits_of(model), expected)
+    if not family.is_linear:
+        with pytest.raises(ValueError, match="does more with its input .* so no row for a pad can be measured"):
+            model.merge_and_unload(pad_experts=[moe_batch()])
+        assert torch.equal(logits_of(model), expected)
+        return
     merged = model.merge_and_unload(pad_experts=True if is_exact else iter([moe_batch()]))
     assert has_no_trace(merged)
     torch.testing.assert_close(logits_of(merged), expected, rtol=1e-5, atol=2e-5)

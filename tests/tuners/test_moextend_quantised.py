@@ -45,12 +45,12 @@ def bitsandbytes(skipped: tuple[str, ...], **settings):
 
 def torchao_int8(*skipped: str):
     if importlib.util.find_spec("torchao") is None:
-        pytest.skip("torchao is not installed")
+        pytest.skip("torchao is not installed: pip install 'peft_moe[quantization]'")
     from torchao.quantization import Int8WeightOnlyConfig
     from transformers import TorchAoConfig
 
     settings = {"modules_to_not_convert": ["lm_head", *skipped]} if skipped else {}
-    return TorchAoConfig(Int8WeightOnlyConfig(), **settings)
+    return TorchAoConfig(Int8WeightOnlyConfig(version=2), **settings)
 
 
 KINDS = {"nf4": nf4, "int8": int8, "torchao-int8": torchao_int8}

@@ -18,10 +18,11 @@ from test_moextend_families import (
     config_for,
     every_family,
     extend,
+    extend_llava,
     logits_of,
 )
 
-from tiny_moe import NUM_EXPERTS, MoeFamily
+from tiny_moe import NUM_EXPERTS, MoeFamily, image_batch
 
 
 MIXTRAL = BY_NAME["mixtral"]
@@ -37,7 +38,8 @@ def _quiet():
 @every_family
 def test_a_saved_adapter_comes_back_to_the_bit(family: MoeFamily, tmp_path):
     counts = {layer: 1 + position for position, layer in enumerate(family.moe_layers)}
-    model = extend(family, shake=0.1, num_new_experts=counts, calibration="paper", init="copy_guarded")
+    init = "copy_guarded" if family.is_linear else "mean_gate"
+    model = extend(family, shake=0.1, num_new_experts=counts, calibration="paper", init=init)
     expected = logits_of(model)
     model.save_pretrained(tmp_path)
     keys = load_file(tmp_path / "adapter_model.safetensors")
@@ -66,20 +68,34 @@ def test_a_low_rank_adapter_is_small_and_comes_back_to_the_bit(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_fresh_process_loads_it_to_the_bit(tmp_path):
-    model = extend(MIXTRAL, shake=0.1, calibration="released_code")
-    model.save_pretrained(tmp_path)
-    torch.save(logits_of(model), tmp_path / "logits.pt")
+def test_a_fresh_process_loads_every_family_to_the_bit(tmp_path):
+    families = [family for family in BY_NAME.values() if not family.is_further]
+    for family in families:
+        counts = {layer: 1 + position for position, layer in enumerate(family.moe_layers)}
+        model = extend(family, shake=0.1, num_new_experts=counts, calibration="paper")
+        model.save_pretrained(tmp_path / family.name)
+        torch.save(logits_of(model), tmp_path / family.name / "logits.pt")
+    llava = extend_llava(shake=0.1, num_new_experts={0: 1, 2: 2}, calibration="released_code")
+    llava.save_pretrained(tmp_path / "moe_llava")
+    torch.save(logits_of(llava, **image_batch()), tmp_path / "moe_llava/logits.pt")
     script = f"""
 import sys; sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}
+from pathlib import Path
 import torch; torch.set_num_threads(1)
-from test_moextend_families import MoExtendConfig, logits_of
+import peft_moe
 from peft import PeftModel
-from tiny_moe import BY_NAME
-model = PeftModel.from_pretrained(BY_NAME["mixtral"].build(), {str(tmp_path)!r}).eval()
-assert torch.equal(logits_of(model), torch.load({str(tmp_path / "logits.pt")!r}))
+from test_moextend_families import assert_same, logits_of
+from tiny_moe import BY_NAME, image_batch, tiny_moe_llava
+for folder in Path({str(tmp_path)!r}).iterdir():
+    family = BY_NAME.get(folder.name)
+    base, batch = (tiny_moe_llava(), image_batch()) if family is None else (family.build(), {{}})
+    found = logits_of(PeftModel.from_pretrained(base, folder).eval(), **batch)
+    assert_same(found, torch.load(folder / "logits.pt"), BY_NAME["mixtral"] if family is None else family)
+    print(folder.name)
 """
-    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sorted(done.stdout.split()) == sorted(["moe_llava", *(family.name for family in families)])
 
 
 def test_the_configuration_survives_json(tmp_path):
@@ -103,3 +119,11 @@ def test_an_incomplete_file_is_refused(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "calibration": "paper"}))
     with pytest.raises(ValueError, match="6 tensors are missing from the file.*Nothing was loaded"):
         PeftModel.from_pretrained(MIXTRAL.build(), tmp_path)
+
+
+def test_absent_sources_are_announced_for_new_experts_and_not_for_loaded_ones(tmp_path):
+    with pytest.warns(UserWarning, match="begin as copies of expert 0"):
+        get_peft_model(MIXTRAL.build(), config_for(MIXTRAL, copy_sources=None)).save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*copies of expert 0")
+        PeftModel.from_pretrained(MIXTRAL.build(), tmp_path, is_trainable=True)

@@ -7,11 +7,21 @@ import warnings
 import pytest
 import torch
 from peft import PeftModel
-from test_moextend_families import BY_NAME, config_for, every_family, extend, logits_of, routers_of, shaken
+from test_moextend_families import (
+    BY_NAME,
+    choices_of,
+    config_for,
+    every_family,
+    extend,
+    gradients_of,
+    logits_of,
+    routers_of,
+    shaken,
+)
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from tiny_moe import MoeFamily, moe_batch
+from tiny_moe import NUM_EXPERTS, MoeFamily, moe_batch
 
 
 MIXTRAL = BY_NAME["mixtral"]
@@ -147,6 +157,29 @@ def test_adapters_are_active_together():
     model.train()
     model(**moe_batch()).loss.backward()
     assert {n.split(".")[-2] for n, p in model.named_parameters() if p.grad is not None} == {"default", "other"}
+
+
+def test_adapters_that_are_active_together_are_the_merged_model_of_both():
+    model = extend(MIXTRAL, shake=0.1, num_new_experts=2)
+    model.add_adapter("other", config_for(MIXTRAL, num_new_experts=3, copy_sources={0: 0, 1: 2, 2: 3}))
+    names = ["default", "other"]
+    model.base_model.set_adapter(names)
+    shaken(model.eval(), 0.1)
+    chosen = torch.cat(choices_of(model))
+    assert (chosen[chosen >= NUM_EXPERTS] < NUM_EXPERTS + 2).any() and (chosen >= NUM_EXPERTS + 2).any()
+    both, gradients = logits_of(model), gradients_of(model)
+    own = {name.replace(".default.", ".{}."): None for name in gradients if ".default." in name}
+    whole = {name: torch.cat([gradients[name.format(adapter)] for adapter in names]) for name in own}
+    merged = model.merge_and_unload().requires_grad_(True)
+    assert merged.config.num_local_experts == NUM_EXPERTS + 2 + 3
+    torch.testing.assert_close(logits_of(merged), both, rtol=1e-5, atol=2e-5)
+    expected = gradients_of(merged)
+    for name, found in whole.items():
+        plain = name.removeprefix("base_model.model.")
+        for container in ("moextend_gate", "moextend_experts"):
+            plain = plain.replace(f"{container}.{{}}.", "")
+        torch.testing.assert_close(found, expected[plain][NUM_EXPERTS:], rtol=1e-4, atol=1e-5, msg=name)
+    assert len(whole) == 3 * 3
 
 
 def test_a_deleted_adapter_leaves_the_others():

@@ -1,14 +1,13 @@
 """The tests of transformers and of PEFT, taken from the source distributions of the installed versions into a cache
 outside git.
 
-`python tests/upstream/fetch.py` fetches them and prints their folders. The cache is `$PEFT_MOE_CACHE`, or
-`~/.cache/peft_moe`. Beside each lies `parameterized`, which they import.
+`python tests/upstream/fetch.py` fetches them and prints their folders. Beside each lies `parameterized`, which they
+import.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -18,7 +17,9 @@ import zipfile
 from importlib.metadata import version
 from pathlib import Path
 
-from filelock import FileLock
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from asset_cache import cached_folder  # noqa: E402
 
 
 PACKAGES = ("transformers", "peft")
@@ -26,38 +27,26 @@ PARAMETERIZED = "0.9.0"
 PARAMETERIZED_SHA256 = "4e0758e3d41bea3bbd05ec14fc2c24736723f243b28d702081aef438c9372b1b"
 
 
-def sdist_tests(package: str, *, cache_dir: str | Path | None = None, download: bool = False) -> Path:
+def sdist_tests(package: str, *, download: bool = False) -> Path:
     """Folder with `tests/`, as the source distribution has it, and `packages/`, to be put on the path.
 
     Args:
         package: One of `PACKAGES`.
-        cache_dir: Where it is kept. Defaults to `$PEFT_MOE_CACHE`, else `~/.cache/peft_moe`.
         download: Fetch what is not there (11 MB for transformers, 1 MB for PEFT).
 
     Raises:
         RuntimeError: It is not there and `download` is not set, or it cannot be downloaded.
     """
-    cache = Path(cache_dir or os.environ.get("PEFT_MOE_CACHE") or "~/.cache/peft_moe").expanduser()
     installed = version(package)
-    target = cache / f"{package}-{installed}-tests"
-    if target.is_dir():
-        return target
-    if not download:
-        raise RuntimeError(
-            f"The tests of {package} {installed} are not in {cache}. Run 'make test-assets', which takes them from its "
-            "source distribution."
-        )
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / f"{target.name}.lock"):
-        if target.is_dir():
-            return target
-        with tempfile.TemporaryDirectory(dir=cache, prefix=f"{target.name}.") as scratch:
-            built = Path(scratch) / target.name
-            downloads = Path(scratch) / "downloads"
-            _unpack_tests(_download(f"{package}=={installed}", "--no-binary", downloads), built)
-            _unpack_parameterized(_download(f"parameterized=={PARAMETERIZED}", "--only-binary", downloads), built)
-            built.rename(target)
-    return target
+
+    def unpack(folder: Path) -> None:
+        with tempfile.TemporaryDirectory() as downloads:
+            _unpack_tests(_download(f"{package}=={installed}", "--no-binary", Path(downloads)), folder)
+            _unpack_parameterized(
+                _download(f"parameterized=={PARAMETERIZED}", "--only-binary", Path(downloads)), folder
+            )
+
+    return cached_folder(f"{package}-{installed}-tests", unpack, download=download)
 
 
 def _download(requirement: str, format_flag: str, folder: Path) -> Path:

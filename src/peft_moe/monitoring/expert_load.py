@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from ..pretrained_moe import listen_to_routers
 from ..recording import ForwardPass, Route
+from .gathering import gather_json
 from .summary import DEAD_THRESHOLD, LoadSummary, summarize_load
 
 
@@ -193,19 +193,10 @@ class ExpertLoad:
         Every process has to call it. Processes need not have seen the same routers or domains.
         """
         total = ExpertLoad(image_token_id=self.image_token_id)
-        for counts_of_process in gather_objects({tuple(key): counts.tolist() for key, counts in self.counts.items()}):
-            for key, counts in counts_of_process.items():
+        for of_process in gather_json([[*key, counts.tolist()] for key, counts in self.counts.items()]):
+            for *key, counts in of_process:
                 total.add_counts(LoadKey(*key), torch.tensor(counts))
         return total
-
-
-def gather_objects(value: Any) -> list[Any]:
-    """`value` of every process, in order of rank; every process has to call it."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return [value]
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
-    return gathered
 
 
 @contextmanager

@@ -14,7 +14,8 @@ from torch import nn
 
 from ..pretrained_moe import listen_to_routers
 from ..recording import ForwardPass, Route
-from .expert_load import ALL, IMAGE, TEXT, ExpertLoad, LoadKey, gather_objects, image_positions, image_token_id_of
+from .expert_load import ALL, IMAGE, TEXT, ExpertLoad, LoadKey, image_positions, image_token_id_of
+from .gathering import gather_json
 
 
 CHOICES = ("top_1", "top_k")
@@ -341,14 +342,8 @@ class ExpertPathways:
     def all_reduce(self) -> ExpertPathways:
         """The sum over all processes; a copy where there is only one process. Every process has to call it."""
         total = ExpertPathways(choice=self.choice, image_token_id=self.image_token_id)
-        mine = {
-            key: {group: (counted.num_experts, counted.widths, *counted.merged()) for group, counted in groups.items()}
-            for key, groups in self.counts.items()
-        }
-        for of_process in gather_objects(mine):
-            for key, by_group in of_process.items():
-                for group, (num_experts, widths, rows, counts) in by_group.items():
-                    total._counts_of(StackKey(*key), group, num_experts, widths).add(rows, counts)
+        for table in gather_json(self.to_dict()):
+            total._add(self.from_dict(table))
         return total
 
 

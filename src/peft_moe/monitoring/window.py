@@ -6,7 +6,8 @@ import torch
 
 from ..aux_loss import AuxLoss
 from ..recording import ForwardPass, RoutingRecorder
-from .expert_load import ExpertLoad, gather_objects
+from .expert_load import ExpertLoad
+from .gathering import gather_json
 
 
 class TrainWindow:
@@ -37,6 +38,6 @@ class TrainWindow:
 
         `None` where no adapter has one.
         """
-        gathered = gather_objects((float(self._aux_loss_sum), self._num_aux_losses))
+        gathered = gather_json((float(self._aux_loss_sum), self._num_aux_losses))
         num_aux_losses = sum(number for _, number in gathered)
         return sum(total for total, _ in gathered) / num_aux_losses if num_aux_losses else None

@@ -6,6 +6,7 @@ a sibling called `gate` or `router`. What departs from that is a row of a table 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -150,9 +151,23 @@ def count_stacked(experts: nn.Module) -> int | str:
         return f"has parameters whose first axis differs ({sorted(counts)}), so that it is not the number of experts."
     if any(True for child in experts.children() for _ in child.parameters()):
         return "has children with parameters, which new experts would have to share or to copy."
+    if not _takes_choices(experts):
+        _, *names = inspect.signature(type(experts).forward).parameters
+        return (
+            f"takes {', '.join(names)} instead of hidden_states, top_k_index and top_k_weights, so that no token can be sent to "
+            "new experts."
+        )
     if getattr(experts, "_is_expert_parallel", False):
         return "is spread over processes by expert parallelism. Load the base model without it."
     return int(counts.pop())
+
+
+def _takes_choices(experts: nn.Module) -> bool:
+    try:
+        inspect.signature(type(experts).forward).bind(experts, "hidden_states", "top_k_index", "top_k_weights")
+    except TypeError:
+        return False
+    return True
 
 
 def gate_weight_name(router: nn.Module, num_experts: int) -> str | None:

@@ -197,8 +197,8 @@ def probe(
 ) -> Routing | str:
     """Run a router with `num_new` further experts on made-up weights and inputs, or say why that fails.
 
-    All of it is on the CPU and in float32, wherever the router is; without `is_random` everything is 0.
-    `has_offset` as in [`route`].
+    All of it is on the CPU and in float32, wherever the router is, and 0; with `is_random` the inputs, the matrix and scales
+    are random. `has_offset` as in [`route`].
     """
     num_experts = block.num_experts
     groups = num_groups(router)
@@ -221,6 +221,9 @@ def probe(
     for name, (tensor, axis) in per_expert_tensors(router, num_experts).items():
         shape = [num_new if i == axis else size for i, size in enumerate(tensor.shape)]
         made_up[name] = torch.cat([made_up[name], torch.zeros(shape)], dim=axis)
+    scales = [name for name, p in router.named_parameters() if p.dim() == 1 and not name.endswith("bias")]
+    for name in scales if is_random else ():
+        made_up[name].uniform_(0.5, 1.5, generator=generator)
     if has_offset:
         x = torch.zeros(NUM_PROBES, width + 1)
         made_up[weight_name] = torch.zeros(num_experts + num_new, width + 1)

@@ -81,6 +81,9 @@ SHORT_RUN = {
 }
 
 
+LORA_ON_MIXTRAL = {"target_modules": ["q_proj", "o_proj"]}
+
+
 @dataclass(frozen=True)
 class Row:
     """A configuration on a model.
@@ -113,7 +116,7 @@ def on_checkpoints(task_type: str, linears: list[str], mixtures: list[str] | Non
             yield Row(case, model, (model, case.config_cls, {**case.settings, "task_type": task_type}))
     for model in mixtures or []:
         for case in NEW_EXPERTS:
-            targets = {"target_modules": ["q_proj", "o_proj"]} if case is LORA else {}
+            targets = LORA_ON_MIXTRAL if case is LORA else {}
             yield Row(case, model, (model, case.config_cls, {**case.settings, **targets, "task_type": task_type}))
 
 
@@ -166,6 +169,8 @@ def made(cases: list[Case], **settings: Any) -> Iterator[Row]:
 
 def compiled() -> Iterator[Row]:
     """Rows of a configuration, made, and how to compile: without writing any C++, which takes long."""
-    for case in ADAPTERS_OF_LINEARS:
-        config = case.config_cls(task_type="CAUSAL_LM", **case.settings)
-        yield Row(case, "compiled", ((config, {"backend": "aot_eager", "torch_compile_backend": "aot_eager"}),))
+    on_models = [(case, "compiled", {}) for case in ADAPTERS_OF_LINEARS]
+    on_models += [(LORA, "tiny/mixtral-compiled", LORA_ON_MIXTRAL), (MOEXTEND, "tiny/mixtral-compiled", {})]
+    for case, model, targets in on_models:
+        config = case.config_cls(task_type="CAUSAL_LM", **case.settings, **targets)
+        yield Row(case, model, ((config, {"backend": "aot_eager", "torch_compile_backend": "aot_eager"}),))

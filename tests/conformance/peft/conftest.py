@@ -7,7 +7,15 @@ import re
 import pytest
 
 from conformance.peft import expectations
-from conformance.peft.report import CONTROL, PROPERTY, Result, failures_of_ours_alone, table
+from conformance.peft.report import (
+    CONTROL,
+    LEFT_OUT_PROPERTY,
+    PROPERTY,
+    Result,
+    by_frequency,
+    failures_of_ours_alone,
+    table,
+)
 from conformance.peft.selection import Selection
 from upstream.fetch import sdist_tests
 
@@ -64,18 +72,21 @@ def pytest_runtest_makereport(item, call):
 
 def pytest_terminal_summary(terminalreporter) -> None:
     """Counts the outcomes, in whichever process the tests ran."""
-    results = [
-        Result(*value, status="failed" if status == "error" else status)
-        for status, reports in terminalreporter.stats.items()
-        for report in reports
-        for name, value in getattr(report, "user_properties", [])
-        if name == PROPERTY and status in ("passed", "failed", "error", "skipped", "xfailed")
-    ]
+    results, reasons = [], []
+    for status, reports in terminalreporter.stats.items():
+        for report in reports:
+            for name, value in getattr(report, "user_properties", []):
+                if name == PROPERTY and status in ("passed", "failed", "error", "skipped", "xfailed"):
+                    status_of_test = "failed" if status == "error" else status
+                    results.append(Result(*value, status_of_test, getattr(report, "wasxfail", "")))
+                elif name == LEFT_OUT_PROPERTY and status == "passed" and report.when == "call":
+                    reasons += value
+    write = terminalreporter.write_line
     if results:
         terminalreporter.section(f"PEFT's own tests, with {CONTROL} as the control")
-        for line in table(results):
-            terminalreporter.write_line(line)
-        alone = failures_of_ours_alone(results)
-        terminalreporter.write_line(f"Failures that the control lacks: {len(alone) or 'none'}")
-        for line in alone:
-            terminalreporter.write_line(f"  {line}")
+        for line in (*table(results), *failures_of_ours_alone(results)):
+            write(line)
+    if reasons:
+        write(f"Tests that are left out, with every configuration: {len(reasons)}")
+        for line in by_frequency(reasons):
+            write(line)

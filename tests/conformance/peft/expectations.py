@@ -39,29 +39,6 @@ class Listed:
         return all(any(fnmatchcase(value, one) for one in patterns.split()) for patterns, value in pairs)
 
 
-# suite.test → why it is for other methods: LoRA itself skips it, so nobody runs it
-DOES_NOT_APPLY = {
-    "*.test_prompt_tuning_*": "It is about prompt learning.",
-    "*.test_training_prompt_learning_tasks": "It is about prompt learning.",
-    "*.test_set_requires_grad_prompt_learning_raises": "It is about prompt learning.",
-    "feature_extraction.test_passing_input_embeds_works": "It is about prompt learning there.",
-    "config.test_from_pretrained_cache_dir": "It downloads into a new cache.",
-    "low_level_api.*_bias_in_module_name": "It trains biases of the base model, which LoRA can.",
-    **dict.fromkeys(
-        [
-            f"tuners_utils.test_{name}"
-            for name in (
-                "module_type_small",
-                "adapter_model_type_small",
-                "peft_types_small",
-                "nb_params_small",
-                "model_status_with_modules_to_save",
-            )
-        ],
-        "It expects the names and the numbers of LoRA.",
-    ),
-}
-
 # how many tests of each suite run, with any number of configurations: what is left out without a word would be missed here
 NUM_TESTS = {
     "decoder": 32,
@@ -69,12 +46,12 @@ NUM_TESTS = {
     "feature_extraction": 16,
     "seq_classifier": 11,
     "vision": 1,
-    "custom": 71,
+    "custom": 75,
     "config": 21,
     "mapping": 3,
-    "low_level_api": 16,
-    "tuners_utils": 62,
-    "initialization": 10,
+    "low_level_api": 18,
+    "tuners_utils": 70,
+    "initialization": 22,
     "torch_compile": 2,
 }
 
@@ -104,7 +81,13 @@ FAILS = [
         "test_merge_layers_multi",
         "moextend*",
     ),
-    Listed(_FLOAT32, "test_add_adapter_no_autocast_adapter_dtype", f"{ROUTED} moextend-calibrated"),
+    Listed(
+        _FLOAT32,
+        "test_add_adapter_no_autocast_adapter_dtype",
+        f"{ROUTED} moextend-calibrated",
+        # T5 in float16 is part float32 itself
+        ids="dtype1-* dtype0-tiny/[!t]* dtype0-tiny/t[!5]*",
+    ),
     Listed(_FLOAT32, "test_adapter_dtype_autocast", f"{ROUTED} moextend-calibrated", ids="*-False-dtype[01]-*"),
     Listed(
         "MoExtend fills in fields of its configuration, and does so in a copy: the same one can be used again, for "
@@ -148,6 +131,14 @@ FAILS = [
         raises=RuntimeError,
     ),
     Listed(
+        "PEFT finds layers by number only below a module with a name, and this model has no head around them.",
+        "test_training_layer_indexing",
+        "lora",
+        suites="feature_extraction",
+        ids="tiny/mixtral-features:*",
+        raises=ValueError,
+    ),
+    Listed(
         "The test adds its second adapter after eval(), so that the dropout of these configurations is on in it.",
         "test_multiple_active_adapters_merge_and_unmerge",
         "lora mole-one-expert",
@@ -158,6 +149,13 @@ FAILS = [
         "test_safe_merge",
         "moextend-calibrated",
         suites="custom",
+    ),
+    Listed(
+        "The test takes three large steps, in which the load-balancing loss sends all tokens to another expert each "
+        "time: none is used twice, as it takes to change its A.",
+        "test_only_params_are_updated",
+        "mole-top-1",
+        ids="EmbConv1D?lin0:*",
     ),
     Listed(
         "Without cluster_ids only the universal expert is used: gates and embeddings stay as they are.",
@@ -183,11 +181,6 @@ SKIPS = [
     ),
     Listed("MoExtend names its layers in `layers`.", "test_training_*layer_indexing", "moextend*"),
 ]
-
-
-def does_not_apply(suite: str, test: str) -> bool:
-    """Whether a test is about something else."""
-    return any(fnmatchcase(f"{suite}.{test}", pattern) for pattern in DOES_NOT_APPLY)
 
 
 def listed_in(entries: list[Listed], suite: str, test: str, case: str, identifier: str) -> Listed | None:

@@ -11,6 +11,8 @@ CONTROL = "lora"
 STATUSES = ("passed", "failed", "skipped", "xfailed")
 # the name under which a test keeps (suite, key, case) among its properties
 PROPERTY = "peft-tests"
+# and that under which one test keeps the reasons of all that are left out
+LEFT_OUT_PROPERTY = "peft-tests-left-out"
 
 
 @dataclass(frozen=True)
@@ -22,12 +24,14 @@ class Result:
         key (`str`): the test and the model: the same for each configuration.
         case (`str`): the configuration.
         status (`str`): one of `STATUSES`.
+        reason (`str`): why it was expected to fail, if it was.
     """
 
     suite: str
     key: str
     case: str
     status: str
+    reason: str = ""
 
 
 def table(results: Iterable[Result]) -> list[str]:
@@ -50,18 +54,29 @@ def table(results: Iterable[Result]) -> list[str]:
 
 
 def failures_of_ours_alone(results: Iterable[Result]) -> list[str]:
-    """The tests that a configuration of ours fails and LoRA does not."""
+    """What a configuration of ours fails and LoRA does not: each failure, and the expected ones counted by reason."""
     results = list(results)
     control_fails = {
         (result.suite, result.key)
         for result in results
         if result.case == CONTROL and result.status in ("failed", "xfailed")
     }
-    return [
-        f"{result.suite}: {result.key} with {result.case}"
-        for result in results
-        if result.case != CONTROL and result.status == "failed" and (result.suite, result.key) not in control_fails
+    alone = [
+        result for result in results if result.case != CONTROL and (result.suite, result.key) not in control_fails
     ]
+    failed = [result for result in alone if result.status == "failed"]
+    expected = [result for result in alone if result.status == "xfailed"]
+    return [
+        f"Failures that the control lacks: {len(failed) or 'none'}",
+        *(f"  {result.suite}: {result.key} with {result.case}" for result in failed),
+        f"Expected failures that the control lacks: {len(expected) or 'none'}",
+        *by_frequency(result.reason for result in expected),
+    ]
+
+
+def by_frequency(reasons: Iterable[str]) -> list[str]:
+    """Each reason with how often it is given."""
+    return [f"  {count:4}  {reason}" for reason, count in Counter(reasons).most_common()]
 
 
 def _counts(counter: Counter[str]) -> str:

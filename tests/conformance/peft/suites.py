@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -16,14 +16,24 @@ import peft
 import pytest
 import torch
 
-from conformance.peft import cases, expectations
+from conformance.peft import cases, left_out
 from conformance.peft.cases import Row
 from conformance.peft.selection import Selection
-from conformance.peft.tiny_checkpoints import CustomModels, TakesClusterIds, hub_cache
+from conformance.peft.tiny_checkpoints import MODELS, CustomModels, TakesClusterIds, hub_cache
 
 
 # names of parameters → their rows
 Axes = dict[tuple[str, ...], Callable[[], Iterable[Row]]]
+
+
+@dataclass(frozen=True)
+class _Parameters:
+    """What the parameters of a test become, and the marks that they take the place of."""
+
+    names: tuple[str, ...]
+    rows: Iterable[Row]
+    replaced: Sequence[pytest.Mark] = ()
+    is_indirect: bool = False
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,7 @@ class Suite:
         in_lora_s_place (`tuple[str, ...]`):
             Tests that name LoRA, but are about any tuner: patterns of `Class.test`. They run with another class in the
             place of LoRA's.
+        further (`tuple[str, ...]`): the same, for tests that run only where time does not matter.
         members (`dict`): what takes the place of members of the classes.
     """
 
@@ -44,6 +55,7 @@ class Suite:
     module: str
     axes: Axes = field(default_factory=dict)
     in_lora_s_place: tuple[str, ...] = ()
+    further: tuple[str, ...] = ()
     members: dict[str, Any] = field(default_factory=dict)
 
     def classes(self) -> Iterator[type]:
@@ -53,55 +65,78 @@ class Suite:
             RuntimeError: the source distribution is not in the cache.
             ImportError: this version of it has no such module.
         """
-        source = importlib.import_module("conformance.peft.peft_tests").module(self.module)
-        for name, kind in vars(source).items():
-            if inspect.isclass(kind) and kind.__module__ == source.__name__ and name.startswith("Test"):
-                tests = {test: self._adapted(kind, test) for test in dir(kind) if test.startswith("test")}
-                if any(tests.values()):
-                    members = {**tests, **self.members, "source": source, "torch_device": "cpu"}
-                    own_name = f"Test{self.name.title().replace('_', '')}{name.removeprefix('Test')}"
-                    yield type(own_name, (_WithCase, kind), members)
+        for kind in self._kinds():
+            tests = {test: self._adapted(kind, test) for test in dir(kind) if test.startswith("test")}
+            if any(tests.values()):
+                members = {**tests, **self.members, "source": self._source, "torch_device": "cpu"}
+                own_name = f"Test{self.name.title().replace('_', '')}{kind.__name__.removeprefix('Test')}"
+                yield type(own_name, (_WithCase, kind), members)
+
+    def left_out(self) -> Iterator[tuple[str, str | None]]:
+        """`Class.test` of every test that runs with no configuration, and the reason."""
+        for kind in self._kinds():
+            for test in dir(kind):
+                if test.startswith("test") and inspect.isfunction(inspect.getattr_static(kind, test)):
+                    reason = left_out.reason_for(self.name, kind.__name__, test)
+                    if reason is not None or self._parameters(kind, test) is None:
+                        yield f"{kind.__name__}.{test}", reason
+
+    @property
+    def _source(self) -> Any:
+        return importlib.import_module("conformance.peft.peft_tests").module(self.module)
+
+    def _kinds(self) -> Iterator[type]:
+        for name, kind in vars(self._source).items():
+            if inspect.isclass(kind) and kind.__module__ == self._source.__name__ and name.startswith("Test"):
+                yield kind
 
     def _adapted(self, kind: type, name: str) -> Callable[..., Any] | None:
-        """A copy of a test with our parameters; `None` if it does not apply."""
+        """A copy of a test with our parameters; `None` if it is left out."""
         test = inspect.getattr_static(kind, name)
-        if not inspect.isfunction(test) or expectations.does_not_apply(self.name, name):
+        if not inspect.isfunction(test) or left_out.reason_for(self.name, kind.__name__, name) is not None:
+            return None
+        parameters = self._parameters(kind, name)
+        if parameters is None:
             return None
         copy = types.FunctionType(test.__code__, test.__globals__, name, test.__defaults__, test.__closure__)
         copy.__kwdefaults__ = test.__kwdefaults__
         copy.__dict__.update(test.__dict__)
-        marks = list(getattr(test, "pytestmark", []))
+        copy.pytestmark = [  # type: ignore[attr-defined]
+            mark for mark in getattr(test, "pytestmark", []) if not any(mark is other for other in parameters.replaced)
+        ]
+        return self._with_rows(copy, parameters)
+
+    def _parameters(self, kind: type, name: str) -> _Parameters | None:
+        """`None` for a test that is about one method, or about a model that we have none for."""
+        marks = getattr(inspect.getattr_static(kind, name), "pytestmark", [])
         parametrized = {_names(mark): mark for mark in marks if mark.name == "parametrize"}
         carriers = {names: mark for names, mark in parametrized.items() if names in CONFIG_NAMES}
         if not carriers:
-            if not any(fnmatchcase(f"{kind.__name__}.{name}", pattern) for pattern in self.in_lora_s_place):
-                return None
-            rows = [Row(case, "", (case,)) for case in (cases.LORA, cases.MOLE, cases.MOCLE)]
-            copy.pytestmark = marks  # type: ignore[attr-defined]
-            return self._with_rows(copy, "peft_case", rows, indirect=True)
+            for label, patterns in (("", self.in_lora_s_place), ("further", self.further)):
+                if any(fnmatchcase(f"{kind.__name__}.{name}", pattern) for pattern in patterns):
+                    rows = [Row(case, label, (case,)) for case in (cases.LORA, cases.MOLE, cases.MOCLE)]
+                    return _Parameters(("peft_case",), rows, is_indirect=True)
+            return None
         (names, mark), *others = carriers.items()
         if others or not _is_about_many_methods(mark.args[1]):
             return None
+        replaced = [mark]
         if ("model_id",) in parametrized:
             names, replaced = ("model_id", *names), [mark, parametrized[("model_id",)]]
-        else:
-            replaced = [mark]
-        if names not in self.axes:
-            return None
-        copy.pytestmark = [mark for mark in marks if not any(mark is other for other in replaced)]  # type: ignore[attr-defined]
-        return self._with_rows(copy, ",".join(names), self.axes[names]())
+        return _Parameters(names, self.axes[names](), replaced) if names in self.axes else None
 
-    def _with_rows(
-        self, test: Callable[..., Any], names: str, rows: Iterable[Row], **settings: Any
-    ) -> Callable[..., Any] | None:
-        parameters = []
-        for row in rows:
+    def _with_rows(self, test: Callable[..., Any], parameters: _Parameters) -> Callable[..., Any] | None:
+        """`None` if a short run has no row of it."""
+        chosen = []
+        for row in parameters.rows:
             marks = [pytest.mark.peft_tests(self.name, test.__name__, row)]
             if not row.is_in_short_run:
                 marks.append(pytest.mark.exhaustive)
             if row.is_in_short_run or not Selection.is_short_run:
-                parameters.append(pytest.param(*row.values, id=row.id, marks=marks))
-        return pytest.mark.parametrize(names, parameters, **settings)(test) if parameters else None
+                chosen.append(pytest.param(*row.values, id=row.id, marks=marks))
+        names = ",".join(parameters.names)
+        parametrize = pytest.mark.parametrize(names, chosen, indirect=parameters.is_indirect)
+        return parametrize(test) if chosen else None
 
 
 CONFIG_NAMES = {
@@ -160,6 +195,8 @@ class _WithCase:
             prepare = self.prepare_inputs_for_testing  # type: ignore[attr-defined]
             self.prepare_inputs_for_testing = lambda: _with_cluster_ids(prepare())
         self.transformers_class = loader
+        if hasattr(self, "model_id") and row.model in MODELS:
+            self.model_id = row.model
         if not hasattr(request, "param") or row.case is cases.LORA:
             yield row.case
             return
@@ -202,12 +239,16 @@ SUITES = [
     Suite(
         "feature_extraction",
         "test_feature_extraction_models",
-        {CHECKPOINT: lambda: cases.on_checkpoints("FEATURE_EXTRACTION", ["tiny/bert"])},
+        {CHECKPOINT: lambda: cases.on_checkpoints("FEATURE_EXTRACTION", ["tiny/bert"], ["tiny/mixtral-features"])},
     ),
     Suite(
         "seq_classifier",
         "test_seq_classifier",
-        {CHECKPOINT: lambda: cases.on_checkpoints("SEQ_CLS", ["tiny/bert-classifier", "tiny/gated-classifier"])},
+        {
+            CHECKPOINT: lambda: cases.on_checkpoints(
+                "SEQ_CLS", ["tiny/bert-classifier", "tiny/gated-classifier"], ["tiny/mixtral-classifier"]
+            )
+        },
     ),
     Suite(
         "vision",
@@ -237,6 +278,11 @@ SUITES = [
             "TestPeftCustomModel.test_multiple_adapters_no_needless_copy_modules_to_save",
             "TestPeftCustomModel.test_*existing_model_card",
         ),
+        further=(
+            "TestPeftCustomModel.test_ignore_mismatched_sizes_with_scalar_modules_to_save",
+            "TestPeftCustomModel.test_*_similarly_named_sibling",
+            "TestPeftCustomModel.test_weight_bias_attributes",
+        ),
     ),
     Suite(
         "config",
@@ -261,6 +307,10 @@ SUITES = [
             "TestGetBaseModelStateDict.*",
             "TestStateDictFsdpShapeValidation.test_save_pretrained_succeeds_for_normal_lora",
         ),
+        further=(
+            "TestInjectAdapterFromStateDict.test_inject_from_state_dict_compiled_model",
+            "TestPeftStateDict.test_trained_modules_to_save_module_named_like_peft_prefix_round_trip",
+        ),
     ),
     Suite(
         "tuners_utils",
@@ -273,6 +323,12 @@ SUITES = [
             "TestModelAndLayerStatus.test_*with_modules_to_save*",
             "TestRankAndAlphaPattern.*",
         ),
+        further=(
+            "TestTargetedModuleNames.test_layers_to_transform_*",
+            "TestModelAndLayerStatus.test_*quantization_backend_[bi]*",
+            "TestFindMinimalTargetModules.test_get_peft_modules_module_name_is_suffix_of_another_module",
+            "TestTunerStateDictKeyPrefixes.test_*_not_included",
+        ),
     ),
     Suite(
         "initialization",
@@ -281,6 +337,12 @@ SUITES = [
             "TestNoInfiniteRecursionDeepspeed.*",
             "TestCustomModelConfigWarning.*",
             "TestLoraInitialization.test_*pattern*key*",
+        ),
+        further=(
+            "TestLoraInitialization.test_misconfigured_second_adapter_warns_on_add_adapter",
+            "TestLoraInitialization.test_rank_alpha_pattern_override",
+            "TestNamingConflictWarning.*",
+            "TestLoadPeftKeyMapping.test_key_mapping_*_lora",
         ),
     ),
     Suite("torch_compile", "test_torch_compile", {("settings",): cases.compiled}),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from fnmatch import fnmatchcase
 
 import pytest
 from peft import LoraConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from conformance.peft import cases, expectations
-from conformance.peft.report import Result, failures_of_ours_alone, table
+from conformance.peft import cases, expectations, left_out
+from conformance.peft.report import LEFT_OUT_PROPERTY, Result, failures_of_ours_alone, table
 from conformance.peft.selection import Selection
 from conformance.peft.suites import SUITES
 
@@ -53,6 +54,24 @@ def test_every_suite_has_tests_of_ours_and_of_the_control():
     suites = {suite for suite, _ in found}
     assert found == {(suite, is_control) for suite in suites for is_control in (True, False)}
     assert Selection.is_short_run or suites == {suite.name for suite in SUITES}
+
+
+@pytest.mark.skipif(not expectations.IS_LISTED_VERSION, reason="the lists are for another version of PEFT")
+def test_every_test_that_is_left_out_has_a_reason_and_every_reason_a_test(record_property):
+    found = {f"{suite.name}.{test}": reason for suite in SUITES for test, reason in suite.left_out()}
+    assert not [test for test, reason in found.items() if reason is None]
+    for patterns in left_out.LEFT_OUT.values():
+        for pattern in patterns.split():
+            assert any(fnmatchcase(test, pattern) for test in found), pattern
+    record_property(LEFT_OUT_PROPERTY, list(found.values()))
+
+
+def test_new_experts_take_part_in_every_suite_or_there_is_a_reason():
+    if Selection.is_short_run:
+        pytest.skip("a short run does not name all tests")
+    new_experts = {case.name for case in cases.NEW_EXPERTS} - {"lora"}
+    found = {suite for suite, _, case in collected() if case in new_experts}
+    assert {suite.name for suite in SUITES} - found == set(left_out.WITHOUT_NEW_EXPERTS)
 
 
 @pytest.mark.skipif(not expectations.IS_LISTED_VERSION, reason="the lists are for another version of PEFT")
@@ -107,12 +126,18 @@ def test_table_sets_every_configuration_beside_the_control_on_the_same_tests():
         Result("decoder", "test_c", "lora", "skipped"),
         Result("decoder", "test_a", "mole", "failed"),
         Result("decoder", "test_b", "mole", "failed"),
-        Result("decoder", "test_a", "mocle", "xfailed"),
+        Result("decoder", "test_a", "mocle", "xfailed", "It cannot."),
+        Result("decoder", "test_b", "mocle", "xfailed", "It need not."),
     ]
     assert table(results) == [
         "suite    configuration  passed / failed / skipped / xfailed  LoRA on the same",
         "decoder  mole           0 / 2 / 0 / 0                        1 / 1 / 0 / 0",
-        "decoder  mocle          0 / 0 / 0 / 1                        1 / 0 / 0 / 0",
-        "all                     0 / 2 / 0 / 1                        2 / 1 / 0 / 0",
+        "decoder  mocle          0 / 0 / 0 / 2                        1 / 1 / 0 / 0",
+        "all                     0 / 2 / 0 / 2                        2 / 2 / 0 / 0",
     ]
-    assert failures_of_ours_alone(results) == ["decoder: test_a with mole"]
+    assert failures_of_ours_alone(results) == [
+        "Failures that the control lacks: 1",
+        "  decoder: test_a with mole",
+        "Expected failures that the control lacks: 1",
+        "     1  It cannot.",
+    ]

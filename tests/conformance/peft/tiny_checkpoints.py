@@ -37,8 +37,14 @@ def _tiny(architecture: str, model: str | None = None, **overrides: Any) -> Make
     return make
 
 
-def _tiny_moe(family: str) -> Maker:
-    return lambda: next(row for row in FAMILIES if row.name == family).build().requires_grad_(True)
+def _tiny_moe(family: str, model: str | None = None, **overrides: Any) -> Maker:
+    """A model of the table of mixtures, or another class of the same family."""
+
+    def make() -> transformers.PreTrainedModel:
+        row = next(row for row in FAMILIES if row.name == family)
+        return getattr(transformers, model or row.model)(row.make_config(**overrides))
+
+    return make
 
 
 MODELS: dict[str, Maker] = {
@@ -47,6 +53,9 @@ MODELS: dict[str, Maker] = {
     "tiny/conv1d": _tiny("gpt2-conv1d"),
     "tiny/opt": _tiny("opt"),
     "tiny/mixtral": _tiny_moe("mixtral"),
+    "tiny/mixtral-compiled": _tiny_moe("mixtral"),
+    "tiny/mixtral-features": _tiny_moe("mixtral", "MixtralModel"),
+    "tiny/mixtral-classifier": _tiny_moe("mixtral", "MixtralForSequenceClassification", num_labels=1),
     "tiny/t5": _tiny("t5"),
     "tiny/bart": _tiny("bart"),
     "tiny/bert": _tiny("bert", "BertModel"),

@@ -205,6 +205,9 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, LlavaForConditio
     ```
     """
 
+    balances_in_training = True
+    """The losses of the routers are in `loss` in training, unless a call says `output_router_logits=False`."""
+
     def __init__(self, config: MoeLlavaConfig) -> None:
         super(LlavaForConditionalGeneration, self).__init__(config)
         self.model = MoeLlavaModel(config)
@@ -283,7 +286,8 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, LlavaForConditio
                 `(num_positions,)` or `(batch_size, num_positions)`, or of a boolean mask `(batch_size, sequence_length)`,
                 whose logits are flattened to `(num_true, vocab_size)`.
             output_router_logits (`bool`, *optional*):
-                Return `router_logits` and `aux_loss`; by default as the configuration says.
+                Return `router_logits` and `aux_loss`; by default as the configuration says. `False` in this call leaves the
+                losses of the routers out of `loss`, in training too.
             moe_token_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
                 0 for padding, which counts in no loss of the routers and takes no place of a limited capacity. By default
                 a two-dimensional `attention_mask` says so; `generate` hands it over where it makes another one.
@@ -292,9 +296,10 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, LlavaForConditio
             RuntimeError: reentrant gradient checkpointing, under which the auxiliary losses would have no gradient.
         """
         config = self.config
-        output_router_logits = _flag(output_router_logits, config)
         aux_loss_coef = _aux_loss_coef(config)
-        is_wanted = self.training and bool(aux_loss_coef or config.router_z_loss_coef)
+        is_refused = output_router_logits is False
+        is_wanted = self.training and not is_refused and bool(aux_loss_coef or config.router_z_loss_coef)
+        output_router_logits = _flag(output_router_logits, config)
         is_trained = is_wanted and labels is not None
         outputs = self.model(
             input_ids=input_ids,
@@ -321,7 +326,7 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, LlavaForConditio
         if labels is not None:
             vocab_size = config.text_config.vocab_size
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
-        if outputs.router_logits:
+        if outputs.router_logits and not is_refused:
             token_mask = moe_token_mask
             if token_mask is None:
                 token_mask = token_mask_of(attention_mask, hidden_states.shape[1])
@@ -347,7 +352,8 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, LlavaForConditio
             image_hidden_states=outputs.image_hidden_states,
             aux_loss=aux_loss,
             z_loss=z_loss,
-            router_logits=outputs.router_logits if output_router_logits else None,
+            # those that only the losses needed stay inside
+            router_logits=None if is_trained and not output_router_logits else outputs.router_logits,
         )
 
     def prepare_inputs_for_generation(

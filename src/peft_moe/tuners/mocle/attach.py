@@ -13,7 +13,7 @@ from ...routing import ClusterCentroids
 from .clusters import ClusterLookup
 from .instructions import PromptReader
 from .kmeans import nearest_centroid
-from .layer import MoCLELayer
+from .layer import lookups_of
 from .sentence_encoder import SentenceEncoder
 
 
@@ -114,7 +114,8 @@ def attach_encoder(
 
     Where no `cluster_ids` are given, the instruction is read from `input_ids` (in a chat, the first user turn), encoded,
     and goes to its nearest centroid; decoding steps keep what was found for the prompt. `cluster_ids` that are given
-    count as before.
+    count as before. An adapter that is added later with the same clustering takes the encoder over, as the reference
+    adapter does that trl adds.
 
     Args:
         model (`nn.Module`):
@@ -163,15 +164,15 @@ def attach_encoder(
 
 def _lookups(model: nn.Module, adapter_name: str | None) -> dict[ClusterLookup, ClusterCentroids]:
     """What finds clusters for each adapter that carries centroids, with those."""
-    layers = [module for module in model.modules() if isinstance(module, MoCLELayer)]
-    names = sorted({name for layer in layers for name in layer.scopes})
+    lookups = lookups_of(model)
+    names = sorted({lookup.adapter_name for lookup in lookups})
     if adapter_name is not None and adapter_name not in names or not names:
         raise ValueError(
             f"The model has no MoCLE adapter{f' {adapter_name!r}' if adapter_name else ''} (it has {names}). Add one by "
             "get_peft_model(model, MoCLEConfig.from_clusterer(...)), or load one."
         )
-    lookups = {layer.scopes[name].lookup for layer in layers for name in layer.scopes if adapter_name in (None, name)}
-    found = {lookup: lookup.centroids for lookup in lookups if lookup.centroids is not None}
+    chosen = [lookup for lookup in lookups if adapter_name in (None, lookup.adapter_name)]
+    found = {lookup: lookup.centroids for lookup in chosen if lookup.centroids is not None}
     if not found:
         raise ValueError(
             f"The MoCLE adapter {adapter_name or names[0]!r} carries no centroids, so that the clusters of prompts cannot "

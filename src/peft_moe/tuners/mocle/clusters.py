@@ -87,15 +87,15 @@ class ClusterLookup:
 
     Args:
         adapter_name (`str`), config (`MoCLEConfig`): which adapter.
+        finder (`Callable`, *optional*): finds ids in the inputs of a pass; set by `attach_encoder`.
     """
 
-    def __init__(self, adapter_name: str, config: MoCLEConfig) -> None:
+    def __init__(self, adapter_name: str, config: MoCLEConfig, *, finder: ClusterFinder | None = None) -> None:
         self.adapter_name = adapter_name
         self.config = config
         self.num_clusters = config.num_clusters
         self.fallback = config.fallback
-        self.finder: ClusterFinder | None = None
-        """finds ids in the inputs of a pass; set by `attach_encoder`"""
+        self.finder = finder
         self.centroids_owner: MoCLELayer | None = None
         """the layer that holds the centroids, if the adapter carries any"""
         self._has_checked_centroids = False

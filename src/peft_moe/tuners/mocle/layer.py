@@ -11,6 +11,7 @@ from ...recording import RoutingRecorder
 from ...routing import ClusterCentroids, ClusterEmbedding, ClusterRouter
 from ..base import refuse_reentrant_checkpointing_under_ddp, refuse_replica
 from ..experts_layer import LoraExpertsLayer, Routed
+from .clusters import ClusterLookup
 from .config import MoCLEConfig
 from .scope import GateScope
 
@@ -106,6 +107,12 @@ class MoCLELayer(LoraExpertsLayer):
             "Keep the adapter; or write an ordinary LoRA adapter for one cluster by `export_cluster_lora`, which is exact "
             "for it and can be merged; or, to drop the adapter, use `unload()`."
         )
+
+
+def lookups_of(model: nn.Module) -> list[ClusterLookup]:
+    """What finds the clusters for each MoCLE adapter of a model, each once."""
+    layers = [module for module in model.modules() if isinstance(module, MoCLELayer)]
+    return list(dict.fromkeys(scope.lookup for layer in layers for scope in layer.scopes.values()))
 
 
 def _new_embedding(config: MoCLEConfig) -> ClusterEmbedding:

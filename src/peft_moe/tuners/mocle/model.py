@@ -14,16 +14,18 @@ from ...pretrained_moe import base_of
 from ..experts_model import LoraExpertsModel
 from ..structure import ATTENTION_BLOCKS, MLP_BLOCKS, find_blocks, text_linear_names
 from .cluster_file import checksum
-from .clusters import ClusterLookup
+from .clusters import ClusterFinder, ClusterLookup
 from .config import MoCLEConfig
 from .entrance import close_entrance, open_entrance
-from .layer import MoCLELayer
+from .layer import MoCLELayer, lookups_of
 from .scope import GateScope
 
 
 # their language model gets its adapters in the attention (paper, section 4)
 QUERY_VALUE_MODEL_TYPES = ("instructblip", "instructblipvideo", "blip-2", "blip_2")
 QUERY_VALUE_NAMES = ("q_proj", "v_proj", "q", "v", "qkv_proj", "query_key_value", "Wqkv", "c_attn")
+# what decides, besides the centroids, which cluster a prompt belongs to
+READING_FIELDS = ("encoder_name", "instruction_template", "instruction_pattern")
 
 
 @dataclass
@@ -61,20 +63,31 @@ class MoCLEModel(LoraExpertsModel):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Inject an adapter as PEFT does; the base model then takes `cluster_ids`."""
         config = self.peft_config[adapter_name]
-        if config.centroids is None and config.centroids_sha256 is not None:
+        if config.centroids is None:
             config.centroids = self._centroids_of_a_sibling(config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         open_entrance(model, self.recorder)
 
+    def _siblings(self, config: MoCLEConfig) -> list[ClusterLookup]:
+        """Those of the adapters with the same centroids. trl makes a reference adapter from the configuration alone: it
+        has the checksum of the centroids, but neither the centroids nor what finds the clusters of prompts."""
+        if config.centroids_sha256 is None:
+            return []
+        return [found for found in lookups_of(self.model) if found.config.centroids_sha256 == config.centroids_sha256]
+
     def _centroids_of_a_sibling(self, config: MoCLEConfig) -> torch.Tensor | None:
-        """Centroids of an adapter that was made from the same clustering: trl makes a reference adapter from the
-        configuration alone, which has the checksum of the centroids but not the centroids."""
-        for layer in self.model.modules():
-            if isinstance(layer, MoCLELayer):
-                for name, centroids in layer.mocle_centroids.items():
-                    is_same = self.peft_config[name].centroids_sha256 == config.centroids_sha256
-                    if is_same and centroids.are_known and not centroids.weight.is_meta:
-                        return centroids.weight.detach().cpu().clone()
+        for sibling in self._siblings(config):
+            centroids = sibling.centroids
+            if centroids is not None and centroids.are_known and not centroids.weight.is_meta:
+                return centroids.weight.detach().cpu().clone()
+        return None
+
+    def _finder_of_a_sibling(self, config: MoCLEConfig) -> ClusterFinder | None:
+        """What [`attach_encoder`] gave to an adapter that reads the same text and sends it to the same clusters."""
+        for sibling in self._siblings(config):
+            reads_alike = all(getattr(sibling.config, name) == getattr(config, name) for name in READING_FIELDS)
+            if reads_alike and sibling.finder is not None:
+                return sibling.finder
         return None
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
@@ -122,7 +135,8 @@ class MoCLEModel(LoraExpertsModel):
 
     def _update_layer(self, layer: MoCLELayer, adapter_name: str, peft_config: MoCLEConfig, **settings: Any) -> None:
         if self._injection is None:
-            self._injection = _Injection(ClusterLookup(adapter_name, peft_config), first=layer)
+            lookup = ClusterLookup(adapter_name, peft_config, finder=self._finder_of_a_sibling(peft_config))
+            self._injection = _Injection(lookup, first=layer)
         shared = self._injection
         layer_name = _layer_of(self.model, layer.name)
         name = layer.name if peft_config.gate_scope == "module" else layer_name

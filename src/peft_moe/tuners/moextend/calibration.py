@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...pretrained_moe import MoeBlock, Routing, num_groups, probe, returns_probabilities
+from ...pretrained_moe import MoeBlock, Routing, base_of, num_groups, probe, returns_probabilities
 from ...routing.float32 import Float32Module
 
 
@@ -23,10 +25,12 @@ class Scoring:
     Args:
         is_sigmoid (`bool`): weights are proportional to the sigmoid of the logits, not to their softmax.
         is_normalized (`bool`): their sum is the same for every token.
+        is_single (`bool`): one expert is chosen for each token.
     """
 
     is_sigmoid: bool
     is_normalized: bool
+    is_single: bool = False
 
     def probabilities(self, router_logits: torch.Tensor) -> torch.Tensor:
         """`(T, E)` → `(T, E)`, float32."""
@@ -43,14 +47,33 @@ def measure_scoring(router: nn.Module, block: MoeBlock) -> Scoring | None:
         logits = routing.router_logits.clamp(min=torch.finfo(torch.float32).tiny).log()
         routing = replace(routing, router_logits=logits)
     total = routing.top_k_weights.float().sum(dim=-1)
+    is_single = routing.top_k_index.shape[-1] == 1
     is_normalized = bool(torch.allclose(total, total.mean().expand_as(total), rtol=1e-4))
     for is_sigmoid in (False, True):
-        chosen = Scoring(is_sigmoid, is_normalized).probabilities(routing.router_logits)
-        ratio = routing.top_k_weights.float() / chosen.gather(-1, routing.top_k_index)
+        scoring = Scoring(is_sigmoid, is_normalized, is_single)
+        ratio = routing.top_k_weights.float() / scoring.probabilities(routing.router_logits).gather(
+            -1, routing.top_k_index
+        )
         expected = ratio[:, :1] if is_normalized else ratio[:1, :1]
         if torch.allclose(ratio, expected.expand_as(ratio), rtol=1e-3):
-            return Scoring(is_sigmoid, is_normalized)
+            return scoring
     return None
+
+
+def warn_of_fixed_weights(model: nn.Module, blocks: Iterable[MoeBlock]) -> None:
+    """Warn of routers that give their only chosen expert a fixed weight, which `"released_code"` cannot change."""
+    fixed = []
+    for block in blocks:
+        scoring = measure_scoring(base_of(model.get_submodule(block.router)), block)
+        if scoring is not None and scoring.is_single and scoring.is_normalized:
+            fixed.append(block.layer)
+    if fixed:
+        warnings.warn(
+            f"calibration='released_code' shares out a fixed sum of weights among the chosen experts, but the routers of layers "
+            f"{fixed} choose one expert per token, so it changes nothing there and does not train. Use calibration='paper' or "
+            "None.",
+            stacklevel=2,
+        )
 
 
 class Calibration(Float32Module):

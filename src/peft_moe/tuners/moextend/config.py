@@ -43,8 +43,9 @@ class MoExtendConfig(MoeTunerConfig):
             {layer: expert that is copied}, or a list with one expert for each new one. Paper: the expert that was chosen
             most often on the new domain. By default expert 0, with a warning.
         guard_offset (`float`):
-            Where the offset of `"copy_guarded"` begins. At -17 the new expert takes less than 1e-7 of the probability, and
-            its gradient is lost in the epsilon of Adam: nothing learns. To train, take one that is smaller in size (-8)
+            Where the offset of `"copy_guarded"` begins. At -17 the new expert takes less than 1e-7 of a softmax, and its
+            gradient is lost in the epsilon of Adam: nothing learns. A sigmoid scores it by itself, 1e-4 where the logit of
+            its source is 8: take a lower offset for logits of that size. To train, take one that is smaller in size (-8)
             and a `router_aux_loss_coef` above 0, whose loss then raises the offset.
         expert_type (`"ffn"` or `"lora"`):
             A new expert is a full FFN (paper), or the frozen source plus a trained difference of rank `r`.

@@ -6,6 +6,7 @@ import inspect
 import logging
 import math
 import tempfile
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -73,8 +74,8 @@ class Extender:
         self,
         train_set: Any,
         probe_set: Any,
-        *,
         steps: int = 1000,
+        *,
         learning_rate: float = 1e-3,
         batch_size: int = 8,
         router_aux_loss_coef: float | None = None,
@@ -101,7 +102,7 @@ class Extender:
                 configuration, whether or not it says `output_router_logits`: the released code balances too (0.001). Part
                 of the shift can then be a drift to balance; 0 turns that off. Models without such a loss use none.
             data_collator (`Callable`, *optional*):
-                By default one that pads, for a causal language model.
+                By default one that pads, for a causal language model, and stacks what is not text (`pixel_values`).
             args (`TrainingArguments`, *optional*):
                 All else about training: device, precision, seed, schedule. `steps`, `learning_rate` and `batch_size` take
                 the place of its own, and nothing is saved or evaluated. Columns that `forward` does not know are dropped
@@ -166,9 +167,11 @@ class Extender:
         if tokenizer is None:
             return None
         first = rows[0] if hasattr(rows, "__getitem__") else next(iter(rows))
+        pad: Any = DataCollatorForLanguageModeling(tokenizer, mlm=False)
         if "labels" in first:
-            return DataCollatorForSeq2Seq(tokenizer, padding="longest", label_pad_token_id=-100)
-        return DataCollatorForLanguageModeling(tokenizer, mlm=False)
+            pad = DataCollatorForSeq2Seq(tokenizer, padding="longest", label_pad_token_id=-100)
+        of_text = {"labels", *tokenizer.model_input_names}
+        return pad if of_text.issuperset(first) else partial(_pad_and_stack, pad=pad, of_text=of_text)
 
     def _balance(self, trainer: Trainer, probe_set: Any, wanted: float | None) -> float:
         """Turn the model's own load-balancing loss on or off; returns its weight."""
@@ -328,3 +331,17 @@ def _check_arguments(
     ]
     if problems:
         raise ValueError("The Extender cannot measure:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+def _pad_and_stack(rows: list[dict[str, Any]], *, pad: Any, of_text: set[str]) -> Any:
+    """A batch of rows that hold more than text: its columns are padded, the others stacked."""
+    batch = pad([{name: value for name, value in row.items() if name in of_text} for row in rows])
+    for name in [name for name in rows[0] if name not in of_text]:
+        tensors = [torch.as_tensor(row[name]) for row in rows]
+        if len({tensor.shape for tensor in tensors}) > 1:
+            raise ValueError(
+                f"The rows have {name!r} of different shapes, {tuple(tensors[0].shape)} among them, which cannot be stacked. "
+                "Give measure() a data_collator that knows how to batch them."
+            )
+        batch[name] = torch.stack(tensors)
+    return batch

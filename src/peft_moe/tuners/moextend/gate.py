@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ...pretrained_moe import per_expert_tensors
+from ...pretrained_moe import gate_weight_name, per_expert_tensors
 
 
 class GateRows(nn.Module):
     """What N new experts add to everything in a router that has an entry for each expert.
 
     Keys of a saved adapter are those of the router with `.` replaced by `_`: `weight` `(N, D)`, for some families `bias`
-    `(N,)` and `e_score_correction_bias` `(N,)`, which does not train; and `offset` `(N,)` for `init="copy_guarded"`.
+    `(N,)` and `e_score_correction_bias` `(N,)`, which does not train; and `offset` `(N,)` for `init="copy_guarded"`. A scale
+    of the weights of each expert (gemma4) belongs to the expert, so it is copied whatever `init` is.
 
     Args:
         router (`nn.Module`): of the base model.
@@ -36,9 +37,12 @@ class GateRows(nn.Module):
     ) -> None:
         super().__init__()
         self.names: dict[str, str] = {}
+        weight_name = gate_weight_name(router, num_experts)
         for name, (tensor, axis) in per_expert_tensors(router, num_experts).items():
             is_correction = not isinstance(tensor, nn.Parameter) or "correction" in name
-            rows = _initial_rows(tensor.detach(), axis, sources, init, is_correction=is_correction)
+            is_scale = not is_correction and name != weight_name and not name.endswith("bias")
+            of_rows = "copy" if is_scale else init
+            rows = _initial_rows(tensor.detach(), axis, sources, of_rows, is_correction=is_correction)
             self.names[name] = name.replace(".", "_")
             if is_correction:
                 self.register_buffer(self.names[name], rows)

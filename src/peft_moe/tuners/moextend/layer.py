@@ -169,7 +169,8 @@ class MoExtendRouter(MoExtendLayer):
         return routing.with_weights(self._balanced(balancing, routing, weights, hidden_states.shape[:-1]))
 
     def _concerns_others(self, names: list[str]) -> bool:
-        """Whether anything but the experts reads the decision: a decoded token takes no detour."""
+        """Whether anything but the experts reads the decision. Evaluation takes no detour: as in the base model NaN then
+        passes through, which loading refuses and training stops at."""
         return (
             self.training
             or self.recorder.needs_record(is_training=False)

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from ...pretrained_moe import BASE, MoeBlock, base_of, find_moe_blocks, probe
 from ...pretrained_moe.blocks import EXPERTS_NAME
 from ..base import MoeTuner
 from ..structure import is_sharded
-from .calibration import measure_scoring
+from .calibration import measure_scoring, warn_of_fixed_weights
 from .config import MoExtendConfig
 from .enlarge import check_enlargeable, enlarge, plan_pads
 from .layer import MERGE_IN_PLACE_IS_IMPOSSIBLE, MoExtendExperts, MoExtendLayer, MoExtendRouter
@@ -84,7 +85,9 @@ class MoExtendModel(MoeTuner):
         self._note_router(peft_config)
         if is_new and not peft_config.inference_mode:
             warn_of_a_guard_for_good(peft_config)
-        self._announce_sources(peft_config)
+            if peft_config.calibration == "released_code":
+                warn_of_fixed_weights(self.model, self._blocks)
+        self._announce_sources(peft_config, is_new=is_new)
         peft_config.target_modules = {name for block in self._blocks for name in (block.router, block.experts)}  # type: ignore[assignment]
         return peft_config
 
@@ -142,8 +145,8 @@ class MoExtendModel(MoeTuner):
         routing = probe(router, block, num_new)
         if isinstance(routing, str):
             raise ValueError(
-                f"'{block.router}' ({type(router).__name__}) {routing}. Without that MoExtend cannot extend "
-                "this router. (Newer versions of transformers lay out more families so that it can.)"
+                f"'{block.router}' ({type(router).__name__}) {routing}. Without that MoExtend cannot extend this router."
+                + ("" if "num_new_experts" in routing else " Newer versions of transformers lay out more families.")
             )
         if config.init == "copy_guarded" and isinstance(probe(router, block, num_new, has_offset=True), str):
             raise ValueError(
@@ -175,7 +178,7 @@ class MoExtendModel(MoeTuner):
             )
         config.base_router = config.base_router or found
 
-    def _announce_sources(self, config: MoExtendConfig) -> None:
+    def _announce_sources(self, config: MoExtendConfig, *, is_new: bool) -> None:
         layers = {block.layer for block in self._blocks}
         unknown = sorted(set(config.copy_sources or {}) - layers)
         if unknown:
@@ -183,7 +186,7 @@ class MoExtendModel(MoeTuner):
                 f"copy_sources names layers {unknown}, which get no new experts. Those that do: {sorted(layers)}."
             )
         absent = sorted(layers - set(config.copy_sources or {}))
-        if absent and not config.inference_mode:
+        if absent and is_new and not config.inference_mode:
             warnings.warn(
                 f"MoExtend: no copy_sources for layers {absent}, so their new experts begin as copies of expert 0. The "
                 "paper copies the expert that was chosen most often on the new domain.",
@@ -259,17 +262,19 @@ class MoExtendModel(MoeTuner):
         num_pads = check_enlargeable(self.model, names, safe_merge=safe_merge, is_padded=pad_experts is not False)
         with self._only_active(names):
             pads = plan_pads(self.model, names, num_pads, pad_experts)
-        enlarge(self.model, names, pads)
-        return self._unload_and_optionally_merge(False, progressbar=progressbar)
+            enlarge(self.model, names, pads)
+            return self._unload_and_optionally_merge(False, progressbar=progressbar)
 
     @contextmanager
     def _only_active(self, names: list[str]) -> Iterator[None]:
-        """Within this context these adapters act and no others."""
-        layers = [module for module in self.model.modules() if isinstance(module, MoExtendLayer)]
+        """Within this context these adapters act and no others, in their `modules_to_save` too, which have one each."""
+        layers = [m for m in self.model.modules() if isinstance(m, MoExtendLayer | ModulesToSaveWrapper)]
         before = [(layer, layer._active_adapter, layer._disable_adapters) for layer in layers]
         try:
             for layer in layers:
                 layer._active_adapter, layer._disable_adapters = names, False
+                if isinstance(layer, ModulesToSaveWrapper):
+                    layer._active_adapter = next((name for name in names if name in layer.modules_to_save), [])
             yield
         finally:
             for layer, active, is_disabled in before:

@@ -2,7 +2,8 @@
 
 The backbone returns the logits of all layers, of different widths. The head, which would stack them, is told that nobody
 asked; its `aux_loss` is then that of the extended layers, as a number, and its loss is that of the task alone. What trains
-is the balance loss of the adapter, by `aux_loss.py`.
+is the balance loss of the adapter, by `aux_loss.py`. A head that balances its routers in training whether or not anybody asked
+(`MoeLlava`) is told that nobody wants it.
 """
 
 from __future__ import annotations
@@ -72,11 +73,13 @@ class _BeforeHead:
         is_asked = kwargs.get(FLAG)
         if is_asked is None:
             is_asked = getattr(config, FLAG, False)
-        is_extended = (
-            any(isinstance(m, MoExtendRouter) and m.acting() for m in module.modules()) if is_asked else False
-        )
-        if not is_extended:
+        balances_unasked = module.training and getattr(module, "balances_in_training", False)
+        if not (is_asked or balances_unasked):
             return None
+        if not any(isinstance(m, MoExtendRouter) and m.acting() for m in module.modules()):
+            return None
+        if not is_asked:
+            return args, {**kwargs, FLAG: False}
         if isinstance(module, PeftModel):
             raise ValueError(
                 f"{FLAG}=True does not reach past the model's own load-balancing loss here, because MoExtend was put around "

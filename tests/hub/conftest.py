@@ -1,0 +1,16 @@
+"""The Hub of the tests, one for each file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from hub_server import HubServer
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[HubServer]:
+    """A Hub that has to understand every request of the tests of a file, and to strike with every fault they ask for."""
+    with HubServer() as server:
+        yield server
+        server.check()
