@@ -6,6 +6,7 @@ import functools
 import inspect
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def _tiny_moe(family: str, model: str | None = None, **overrides: Any) -> Maker:
 
     def make() -> transformers.PreTrainedModel:
         row = next(row for row in FAMILIES if row.name == family)
-        return getattr(transformers, model or row.model)(row.make_config(**overrides))
+        return replace(row, model=model or row.model).build(**overrides).requires_grad_(True)
 
     return make
 
