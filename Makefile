@@ -17,7 +17,8 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_EVALUATE_OFFLINE=1 HF_HUB_D
 	TOKENIZERS_PARALLELISM=false
 PYTEST := $(OFFLINE) OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest tests
 # the tests of others are all slow, and collecting them takes as long as running many of our own
-FAST := -m "not gpu and not slow" -n $(WORKERS) --dist loadgroup --ignore=tests/conformance/peft --ignore=tests/upstream
+# a file runs in one process, so that what its fixtures make is made once
+FAST := -m "not gpu and not slow" -n $(WORKERS) --dist loadfile --ignore=tests/conformance/peft --ignore=tests/upstream
 
 # another interpreter for machines where nothing can be installed: make bench-gpu GPU_PYTHON=python3 RESULTS=/some/folder
 GPU_PYTHON ?= $(BIN)/python
@@ -62,16 +63,16 @@ demo: assets  ## fine-tune a pretrained language model with MoLE, reload it, plo
 	@$(OFFLINE) $(BIN)/python examples/mole/demo.py
 
 test: test-assets  ## the tests that need no GPU, in less than 20 minutes on two cores
-	@$(PYTEST) -m "not gpu and not exhaustive" -n $(WORKERS) --dist loadgroup --error-table=check $(PYTEST_ARGS)
+	@$(PYTEST) -m "not gpu and not exhaustive" -n $(WORKERS) --dist loadfile --error-table=check $(PYTEST_ARGS)
 
 test-all: test-assets  ## every test that needs no GPU
-	@$(PYTEST) -m "not gpu" -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
+	@$(PYTEST) -m "not gpu" -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-fast: $(INSTALLED)  ## the tests that take no more than a few seconds each
 	@$(PYTEST) $(FAST) $(PYTEST_ARGS)
 
 test-slow: test-assets  ## only the slow tests
-	@$(PYTEST) -m "slow and not gpu" -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
+	@$(PYTEST) -m "slow and not gpu" -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-gpu: test-assets  ## the tests that need a CUDA device
 	@$(PYTEST) -m gpu $(PYTEST_ARGS)
@@ -80,16 +81,16 @@ test-floor:  ## the fast tests on the oldest supported versions, in .venv-floor/
 	@floors=$$($(PYTHON) tests/floors.py) && $(MAKE) --no-print-directory test-fast VENV=.venv-floor PINS="$$floors"
 
 conformance: test-assets  ## PEFT's own tests over our tuners, LoRA beside them: one table
-	@$(PYTEST)/conformance/peft -m "not gpu" -n $(WORKERS) --dist loadgroup -q -rfE $(PYTEST_ARGS)
+	@$(PYTEST)/conformance/peft -m "not gpu" -n $(WORKERS) --dist load -q -rfE $(PYTEST_ARGS)
 
 test-versions:  ## tests/versions.py: the oldest and the newest versions, and Python 3.10 to 3.13
 	@$(PYTHON) tests/versions.py
 
 errors: test-assets  ## write docs/reference/errors.md from what the tests of `make test` see
-	@$(PYTEST) -m "not gpu and not exhaustive" -n $(WORKERS) --dist loadgroup --error-table=write $(PYTEST_ARGS)
+	@$(PYTEST) -m "not gpu and not exhaustive" -n $(WORKERS) --dist loadfile --error-table=write $(PYTEST_ARGS)
 
 coverage: test-assets  ## the tests of `make test`, with the share of src/ that they run
-	@$(PYTEST) -m "not gpu and not exhaustive" -n $(WORKERS) --dist loadgroup --cov --cov-report=term:skip-covered $(PYTEST_ARGS)
+	@$(PYTEST) -m "not gpu and not exhaustive" -n $(WORKERS) --dist loadfile --cov --cov-report=term:skip-covered $(PYTEST_ARGS)
 
 bench: $(INSTALLED)  ## compare the kernel backends with plain LoRA and write the table
 	@$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python benchmarks/lora_experts.py --name cpu_fp32
