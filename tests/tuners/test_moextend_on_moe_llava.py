@@ -7,11 +7,11 @@ import warnings
 import pytest
 import torch
 from peft import get_peft_model
-from test_moextend_families import BY_NAME, logits_of
+from test_moextend_families import BY_NAME, logits_of, shaken
 from torch import nn
 
 from peft_moe import MoExtendConfig
-from tiny_moe import image_batch, tiny_moe_llava
+from tiny_moe import image_batch, moe_batch, tiny_moe_llava
 
 
 @pytest.fixture(autouse=True)
@@ -21,20 +21,12 @@ def _quiet():
         yield
 
 
-def shake(model: nn.Module, seed: int) -> None:
-    """Move what trains."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-
-
 def extended(own_coef: float, **settings) -> nn.Module:
     base = tiny_moe_llava()
     for config in (base.config, base.config.text_config):
         config.router_aux_loss_coef = own_coef
     model = get_peft_model(base, MoExtendConfig(task_type="CAUSAL_LM", **settings)).train()
-    shake(model, seed=0)
+    shaken(model, 0.1)
     return model
 
 
@@ -78,30 +70,25 @@ def test_checkpointing_changes_no_gradient(use_reentrant):
     assert_equal(loss_and_gradients(model), expected)
 
 
-def logits_of_pictures(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(**image_batch()).logits
-
-
 @pytest.mark.parametrize(
-    ("build", "module", "logits"),
+    ("build", "module", "batch"),
     [
-        (BY_NAME["mixtral"].build, "lm_head", logits_of),
-        (tiny_moe_llava, "multi_modal_projector", logits_of_pictures),
+        (BY_NAME["mixtral"].build, "lm_head", moe_batch),
+        (tiny_moe_llava, "multi_modal_projector", image_batch),
     ],
     ids=["mixtral", "moe_llava"],
 )
-def test_a_merged_adapter_brings_its_own_modules_to_save(build, module, logits):
+def test_a_merged_adapter_brings_its_own_modules_to_save(build, module, batch):
     config = MoExtendConfig(modules_to_save=[module], task_type="CAUSAL_LM")
     model = get_peft_model(build(), config).eval()
-    shake(model, seed=0)
+    shaken(model, 0.1)
     model.add_adapter("other", config)
     model.set_adapter("other")
-    shake(model, seed=1)
-    other = logits(model)
+    shaken(model, 0.3)
+    other = logits_of(model.eval(), **batch())
     model.set_adapter("default")
-    expected = logits(model)
+    expected = logits_of(model.eval(), **batch())
     model.set_adapter("other")
     merged = model.merge_and_unload(adapter_names=["default"])
-    torch.testing.assert_close(logits(merged), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits_of(merged.eval(), **batch()), expected, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(expected, other, atol=1e-2)
