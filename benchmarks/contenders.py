@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from unittest.mock import patch
 
 import torch
 from shapes import Shape
 from torch import nn
 
 from peft_moe.kernels import BACKENDS, DispatchPlan, explain, lora_experts
+from peft_moe.kernels.backends import triton as triton_backend
+from peft_moe.kernels.triton.paths import path_of
 
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
@@ -53,11 +57,15 @@ class Problem:
 
 @dataclass
 class Contender:
-    """A layer, the tensors for which its step computes gradients, and whether it computes the op of this package."""
+    """A layer, the tensors for which its step computes gradients, and whether it computes the op of this package.
+
+    `context` holds during its step.
+    """
 
     forward: Forward
     leaves: list[torch.Tensor]
     is_the_op: bool = True
+    context: Callable[[], AbstractContextManager] = nullcontext
 
 
 def choose_experts(shape: Shape, device: str = "cpu") -> torch.Tensor:
@@ -144,6 +152,13 @@ def ours(problem: Problem, backend: str) -> Contender:
     return Contender(forward, problem.leaves)
 
 
+def sorted_triton(problem: Problem) -> Contender:
+    """The programs for sorted tokens on a shape for which `triton` takes another path."""
+    contender = ours(problem, "triton")
+    contender.context = partial(patch.object, triton_backend, "path_of", lambda *shape: "sorted")
+    return contender
+
+
 def plain_lora(problem: Problem) -> Contender:
     """Ordinary LoRA of rank r as this package writes it, without the passes in which PEFT scales and adds."""
     A, B = (nn.Parameter(stack[:1].detach().clone()) for stack in (problem.A, problem.B))
@@ -195,6 +210,9 @@ def contenders(problem: Problem, only: list[str] | None = None, compiler: str | 
     for name in BACKENDS:
         if can_run(problem, name) and (only is None or name in only):
             found[name] = ours(problem, name)
+    path = path_of(shape.num_tokens, shape.tokens_per_example, shape.num_experts, shape.top_k, shape.rank)
+    if "triton" in found and path != "sorted":
+        found["triton_sorted"] = sorted_triton(problem)
     return found
 
 

@@ -40,11 +40,12 @@ NUM_COMPILED = 4
 
 def step(problem: Problem, contender: Contender) -> list[torch.Tensor]:
     """Output and gradients; only the output for inference."""
-    if problem.shape.is_inference:
-        with torch.no_grad():
-            return [contender.forward(problem.hidden_states)]
-    out = contender.forward(problem.hidden_states)
-    return [out.detach(), *torch.autograd.grad(out, contender.leaves, problem.grad_out)]
+    with contender.context():
+        if problem.shape.is_inference:
+            with torch.no_grad():
+                return [contender.forward(problem.hidden_states)]
+        out = contender.forward(problem.hidden_states)
+        return [out.detach(), *torch.autograd.grad(out, contender.leaves, problem.grad_out)]
 
 
 def steps(problem: Problem, entries: dict[str, Contender]) -> dict[str, Run]:

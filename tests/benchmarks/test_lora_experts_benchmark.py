@@ -23,6 +23,7 @@ from shapes import CUDA, DEFAULT, QUICK, Shape
 
 from peft_moe.kernels import BACKENDS, selection
 from peft_moe.kernels.auto_rule import Row
+from peft_moe.kernels.backends import triton as triton_backend
 
 
 SMALL = Shape(16, 24, 12, 3, 8, 2)
@@ -77,6 +78,25 @@ def test_what_runs_on_cuda_only_runs_on_its_stand_in(monkeypatch):
     assert {"base", "peft_r", "dense", "grouped_mm"} <= set(cell["graph_median_ms"])
     assert "waits for the device" in cell["not_captured"]["eager"]
     assert set(cell["peak_mib"].values()) == {2.0}
+
+
+def test_triton_is_also_timed_with_a_sort_where_it_needs_none(monkeypatch):
+    """On a stand-in for the programs that notes the path of each step."""
+    taken = []
+
+    def forward(x):
+        taken.append(triton_backend.path_of(40, 1, 3, 2, 8))
+        return x * 1.0
+
+    monkeypatch.setattr(contenders, "can_run", lambda problem, name: name == "triton")
+    monkeypatch.setattr(
+        contenders, "ours", lambda problem, name: contenders.Contender(forward, [problem.hidden_states])
+    )
+    problem = contenders.make_problem(SMALL._replace(num_tokens=40, out_features=16), torch.float32)
+    entries = contenders.contenders(problem)
+    for name in ("triton", "triton_sorted", "triton"):
+        benchmark.step(problem, entries[name])
+    assert taken == ["dense", "sorted", "dense"]
 
 
 def test_a_graph_that_replays_something_else_has_no_time(monkeypatch):

@@ -17,7 +17,7 @@ from kernel_oracle import outputs_and_gradients
 from peft_moe.kernels import DispatchPlan, lora_experts
 from peft_moe.kernels.backends import triton as backend
 from peft_moe.kernels.triton import is_interpreted, tiles
-from peft_moe.kernels.triton.launch import examples, pairs, sort, sorted_rows
+from peft_moe.kernels.triton.launch import dense, examples, pairs, sort, sorted_rows
 from peft_moe.kernels.triton.programs import shared
 
 
@@ -26,18 +26,27 @@ assert is_interpreted(), "TRITON_INTERPRET=1 has to be set before triton is impo
 LARGE = {
     "several_tiles": KernelCase("segments longer than a tile", 300, 40, 56, num_experts=3, rank=16, top_k=2),
     "several_rank_blocks": KernelCase("a rank above the widest tile", 70, 72, 136, num_experts=3, rank=130, top_k=3),
+    "several_column_blocks": KernelCase("experts cut by the edge of a tile", 70, 72, 136, num_experts=4, rank=50),
+    "many_wide_experts": KernelCase("more experts than a dense product pays for", 70, 40, 40, num_experts=9, rank=33),
     "many_experts": KernelCase("more segments than rows of one slot", 24, 24, 24, num_experts=17, rank=4, top_k=3),
     "skewed": KernelCase("one expert has nearly all", 130, 40, 40, top_k=1, forced=[[2]] * 129 + [[0]]),
     "universal": KernelCase(
         "tiles end where examples do", 210, 40, 56, 4, 6, tokens_per_example=70, forced=[[1, 3]] * 3
     ),
     "examples_of_wide_rank": KernelCase("columns of a slot in two tiles", 48, 40, 136, rank=65, tokens_per_example=24),
-    "short_examples": KernelCase("examples shorter than a tile are sorted", 45, 24, 24, tokens_per_example=3),
+    "short_examples": KernelCase("examples shorter than a tile", 45, 24, 24, tokens_per_example=3),
     "decode_of_wide_rank": KernelCase("several rank tiles of one pair", 1, 520, 136, num_experts=3, rank=37, top_k=3),
 }
-PATHS = dict.fromkeys(LARGE, "sorted") | {
+PATHS = {
+    "several_tiles": "dense",
+    "several_rank_blocks": "sorted",
+    "several_column_blocks": "dense",
+    "many_wide_experts": "sorted",
+    "many_experts": "dense",
+    "skewed": "dense",
     "universal": "examples",
     "examples_of_wide_rank": "examples",
+    "short_examples": "dense",
     "decode_of_wide_rank": "decode",
 }
 LIMITS = [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)]
@@ -52,7 +61,7 @@ def poison():
 
 
 def path_taken(case: KernelCase) -> str:
-    return backend.path_of(case.num_tokens, case.tokens_per_example, case.top_k, case.rank)
+    return backend.path_of(case.num_tokens, case.tokens_per_example, case.num_experts, case.top_k, case.rank)
 
 
 def results(case: KernelCase, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -77,19 +86,42 @@ def test_large_cases(name, dtype, limit, poison):
     assert worst_error(LARGE[name], dtype) <= limit
 
 
+@pytest.mark.parametrize("name", [name for name, path in PATHS.items() if path == "dense"])
+def test_large_cases_sorted(name, monkeypatch, poison):
+    monkeypatch.setattr(backend, "path_of", lambda *shape: "sorted")
+    assert worst_error(LARGE[name]) <= 1e-5
+
+
+def test_the_values_of_experts_that_were_not_chosen_may_overflow(poison):
+    """A dense product computes them, and infinity times 0 is not a number."""
+    case = dataclasses.replace(LARGE["several_tiles"], forced=[[0, 1]] * 300)
+    inputs = make_inputs(case, torch.float16)
+    plan = DispatchPlan.from_index(make_index(case), case.num_experts)
+    with torch.no_grad():
+        inputs["A"][2] = 6e4
+    out = lora_experts(**inputs, plan=plan, backend="triton")
+    grads = torch.autograd.grad(out.sum(), list(inputs.values()))
+    assert path_taken(case) == "dense" and (inputs["hidden_states"] @ inputs["A"][2].T).isinf().any()
+    assert all(tensor.isfinite().all() for tensor in (out, *grads))
+
+
 SMALL = ["top_1", "no_tokens", "empty_experts", "same_expert_twice", "odd_sizes", "strided"]
 
 
 @pytest.mark.parametrize("name", [*SMALL, "by_example", "by_example_forced", "plain_lora"])
-@pytest.mark.parametrize("path", ["examples", "sorted"])
+@pytest.mark.parametrize("path", ["examples", "dense", "sorted"])
 def test_every_path_is_right_for_every_shape(name, path, monkeypatch, poison):
     assert path_taken(CASES[name]) == "decode"
     monkeypatch.setattr(backend, "path_of", lambda *shape: path)
     assert worst_error(CASES[name]) <= 1e-5
 
 
-@pytest.mark.parametrize("name", ["several_tiles", "skewed", "universal"])
-def test_split_sums_add_up(name, monkeypatch, poison):
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [("several_tiles", "sorted"), ("skewed", "sorted"), ("skewed", "dense"), ("universal", "examples")],
+)
+def test_split_sums_add_up(name, path, monkeypatch, poison):
+    monkeypatch.setattr(backend, "path_of", lambda *shape: path)
     monkeypatch.setattr(tiles, "ROWS_PER_SPLIT", 8)
     seen = []
     empty = torch.empty
@@ -122,21 +154,21 @@ def test_a_sort_serves_all_linears_and_backward(monkeypatch):
     calls = []
     right = sort.run_sort
     monkeypatch.setattr(sort, "run_sort", lambda *arguments: calls.append(1) or right(*arguments))
-    case = LARGE["many_experts"]
+    case = LARGE["many_wide_experts"]
     inputs, plan = make_inputs(case, torch.float32), DispatchPlan.from_index(make_index(case), case.num_experts)
     for _ in range(2):
         lora_experts(**inputs, plan=plan, backend="triton").sum().backward()
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("name", ["top_2", "one_example", "universal"])
+@pytest.mark.parametrize("name", ["top_2", "one_example", "universal", "several_tiles"])
 def test_nothing_is_sorted_where_nothing_has_to_be(name, monkeypatch):
     case = {**LARGE, **CASES}[name]
     monkeypatch.setattr(sort, "run_sort", None)
     results(case, torch.float32)
 
 
-@pytest.mark.parametrize("name", ["several_tiles", "universal", "top_2"])
+@pytest.mark.parametrize("name", ["several_tiles", "many_wide_experts", "universal", "top_2"])
 def test_repeats_are_equal_to_the_bit(name):
     case = {**LARGE, **CASES}[name]
     first, second = results(case, torch.float32), results(case, torch.float32)
@@ -145,7 +177,14 @@ def test_repeats_are_equal_to_the_bit(name):
 
 @pytest.mark.parametrize(
     ("name", "path"),
-    [("top_2", "decode"), ("by_example", "examples"), ("top_2", "sorted"), ("by_example", "sorted")],
+    [
+        ("top_2", "decode"),
+        ("by_example", "examples"),
+        ("top_2", "dense"),
+        ("by_example", "dense"),
+        ("top_2", "sorted"),
+        ("by_example", "sorted"),
+    ],
 )
 def test_compiled_graphs_hold_the_op_and_its_gradients(name, path, monkeypatch):
     monkeypatch.setattr(backend, "path_of", lambda *shape: path)
@@ -181,12 +220,11 @@ def test_a_compiled_decode_step_needs_no_gradient():
         torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(), layer())
 
 
-@pytest.mark.parametrize("is_sorted", [True, False])
-def test_ops_obey_the_rules_of_torch_library(is_sorted):
+@pytest.mark.parametrize("path", ["decode", "dense", "sorted"])
+def test_ops_obey_the_rules_of_torch_library(path):
     case = CASES["top_2"]
     inputs = make_inputs(case, torch.float32)
-    rows = backend.rows_of(DispatchPlan.from_index(make_index(case), case.num_experts), is_sorted=is_sorted)
-    path = "sorted" if is_sorted else "decode"
+    rows = backend.rows_of(DispatchPlan.from_index(make_index(case), case.num_experts), is_sorted=path == "sorted")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "path_of", lambda *shape: path)
         torch.library.opcheck(
@@ -261,6 +299,24 @@ CHANGES = {
         "a split takes the turn of another": ("turn = split", "turn = 0 * split"),
         "the rest of the columns": ("range(0, D, BLOCK_D)", "range(0, D - BLOCK_D, BLOCK_D)"),
     },
+    "dense": {
+        "the weight of another slot": ("weight + choice + slot", "weight + choice"),
+        "no scaling": ("tl.float32) + scaling", "tl.float32) + 1.0"),
+        "the values of experts that were not chosen": ("tl.where(is_it, value, 0.0)", "value"),
+        "an expert chosen twice counts once": (
+            "factor += tl.where(is_it, value, 0.0)",
+            "factor = tl.where(is_it, value, factor)",
+        ),
+        "a slot gets the dot product of another": (
+            "expert = tl.load(index + choice + slot",
+            "expert = tl.load(index + choice + K - 1 - slot",
+        ),
+        "the choices of a neighbour": ("(token // tokens_per_example) * K", "(token // tokens_per_example ^ 1) * K"),
+        "tokens end a row early": ("is_row = token < num_tokens", "is_row = token < num_tokens - 1"),
+        "an expert is left out": ("range(0, E * R, BLOCK_C)", "range(0, E * R - BLOCK_C, BLOCK_C)"),
+        "a split takes the turn of another": ("range(split * BLOCK_N", "range(0 * split * BLOCK_N"),
+        "the rest of the columns": ("range(0, D, BLOCK_D)", "range(0, D - BLOCK_D, BLOCK_D)"),
+    },
     "pairs": {
         "the weight of another slot": ("tl.load(weight + choice)", "tl.load(weight + choice - slot)"),
         "no scaling": ("factor = scaling", "factor = 1.0"),
@@ -277,11 +333,12 @@ SORT_CHANGES = {
     "steps overwrite each other": ("next_row += tl.sum(is_mine, 0)", "next_row += 0"),
     "the choices of another slot": ("* K + slot, mask", "* K, mask"),
 }
-LAUNCHERS = {"sorted_rows": sorted_rows, "examples": examples, "pairs": pairs}
+LAUNCHERS = {"sorted_rows": sorted_rows, "examples": examples, "dense": dense, "pairs": pairs}
 # small shapes in which each change shows: two steps along the width, a remainder of the columns, several splits
 SHOWS_IN = {
     "sorted_rows": ("sorted", dataclasses.replace(CASES["top_2"], num_tokens=10, in_features=136)),
     "examples": ("examples", KernelCase("", 36, 136, 20, 4, 10, tokens_per_example=18, forced=[[1, 3], [2, 3]])),
+    "dense": ("dense", KernelCase("", 36, 136, 20, 4, 50, forced=[[1, 3], [2, 3], [1, 1]] * 12)),
     "pairs": ("decode", dataclasses.replace(CASES["by_example"], num_tokens=4, in_features=520, tokens_per_example=2)),
 }
 

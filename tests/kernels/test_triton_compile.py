@@ -20,9 +20,10 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from peft_moe.kernels.triton import tiles as sizes  # noqa: E402
+from peft_moe.kernels.triton.launch import dense as dense_launch  # noqa: E402
 from peft_moe.kernels.triton.launch import pairs as pairs_launch  # noqa: E402
 from peft_moe.kernels.triton.launch.sort import SORT_WARPS, sort_blocks  # noqa: E402
-from peft_moe.kernels.triton.programs import examples, pairs, sort, sorted_rows  # noqa: E402
+from peft_moe.kernels.triton.programs import dense, examples, pairs, sort, sorted_rows  # noqa: E402
 
 
 KIB = 1024
@@ -34,28 +35,30 @@ TARGETS = {
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * KIB),
 }
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-DATA = {"x", "w", "h", "y", "source", "other"}
-INTEGERS = ("num_tokens", "tokens_per_example", "num_choices", "E", "D", "W", "slot")
-STRIDES = ("stride_x", "stride_y", "stride_source")
-POINTERS = {"token_of_row": "*i32", "segment_end": "*i32", "index": "*i64", "weight": "*fp32", "dots": "*fp32"}
+DATA = {"x", "w", "h", "y", "source", "other", "bias", "inner", "hidden", "g", "grad_inner", "weighted", "r"}
+WIDTHS = ("D", "W", "F", "R", "C")
+INTEGERS = ("num_tokens", "tokens_per_example", "num_choices", "E", "slot")
+STRIDES = ("x", "y", "source", "we", "wd", "wf", "ww", "oe", "or", "oc")
+POINTERS = dict.fromkeys(("token_of_row", "pair_of_row", "segment_end"), "*i32")
+POINTERS |= {"index": "*i64", "weight": "*fp32", "dots": "*fp32"}
 RANKS = (8, 16, 32, 64, 128, 256)
 E, K = 8, 2
 # rows of a call: decoding, and training
 ROWS = {"decode": 64, "train": 8192}
 
 
-def compiled(program, dtype, target, settings, **options):
+def compiled(program, dtype, target, settings, weight_dtype=None, **options):
     """The program as it is launched on contiguous tensors whose widths are multiples of 16."""
     types = POINTERS | dict.fromkeys(DATA, TYPES[dtype]) | {"out": TYPES[dtype], "scaling": "fp32"}
-    types |= dict.fromkeys((*INTEGERS, *STRIDES), "i32")
-    if program in (sorted_rows.weight_gradient, examples.weight_gradient_examples):
+    types |= dict.fromkeys((*INTEGERS, *WIDTHS, *(f"stride_{name}" for name in STRIDES)), "i32")
+    if program.__name__.startswith("weight_gradient"):
         types["out"] = "*fp32"
     names = program.arg_names
     if "UPCAST" in names:
         settings = {**settings, **sizes.precision_of(dtype)}
     settings = {name: value for name, value in settings.items() if name in names}
     signature = {name: "constexpr" if name in settings else types[name] for name in names}
-    aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") or name in ("D", "W", *STRIDES)]
+    aligned = [i for i, name in enumerate(names) if signature[name] != "constexpr" and name not in INTEGERS]
     attributes = {(index,): [["tt.divisibility", 16]] for index in aligned}
     source = ASTSource(program, signature, constexprs=settings, attrs=attributes)
     return triton.compile(source, target=target, options=options)
@@ -105,6 +108,8 @@ def specialisations(dtype: torch.dtype, *, is_thorough: bool):
         wants_wgmma = settings["BLOCK_R"] >= 64
         yield f"gradient r{rank}", sorted_rows.weight_gradient, settings, tiles, wants_wgmma
         yield f"gradient_examples r{rank}", examples.weight_gradient_examples, settings, tiles, wants_wgmma
+    for rank in (2, 8, 16, 32) if is_thorough else (16,):
+        yield from dense_specialisations(rank, dtype)
     for rank in (4, 64):
         tiles = sizes.Tiles(1, 1, pairs_launch.WARPS, 3)
         shrink, expand = pairs_launch.shrink_settings(), pairs_launch.expand_settings(rank)
@@ -115,6 +120,18 @@ def specialisations(dtype: torch.dtype, *, is_thorough: bool):
         block_tokens, block_experts = sort_blocks(num_experts)
         settings = {"K": K, "BLOCK_T": block_tokens, "BLOCK_E": block_experts}
         yield f"sort e{num_experts}", sort.sort_by_expert, settings, sizes.Tiles(1, 1, SORT_WARPS, 3), False
+
+
+def dense_specialisations(rank: int, dtype: torch.dtype):
+    """As above, for all experts at once: tiles are those of a rank E times as wide."""
+    settings, tiles = shrink_settings(E * rank, ROWS["train"], dtype, has_other=True)
+    yield f"shrink_dense r{rank}", dense.shrink_dense, settings | {"R": rank}, tiles, True
+    settings, tiles = expand_settings(dense_launch.NARROW, ROWS["train"], dtype, has_source=True)
+    settings["BLOCK_C"] = sizes.expand_rank_block(E * rank, dtype)
+    yield f"expand_dense r{rank}", dense.expand_dense, settings | {"R": rank}, tiles, True
+    settings, tiles = gradient_settings(dense_launch.NARROW, dtype)
+    settings |= {"R": rank, "BLOCK_C": sizes.rank_block(E * rank)}
+    yield f"gradient_dense r{rank}", dense.weight_gradient_dense, settings, tiles, settings["BLOCK_C"] >= 64
 
 
 def stack_bytes(cubin: bytes, tmp_path: Path) -> int:

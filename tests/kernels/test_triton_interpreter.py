@@ -22,30 +22,35 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "tokens_per_example", "top_k", "rank", "path"),
+    ("num_tokens", "tokens_per_example", "num_experts", "top_k", "rank", "path"),
     [
-        (1, 1, 2, 16, "decode"),
-        (32, 1, 2, 64, "decode"),
-        (33, 1, 2, 16, "sorted"),  # more pairs
-        (32, 1, 2, 65, "sorted"),  # wider experts
-        (0, 1, 2, 4096, "decode"),
-        (64, 32, 1, 8, "decode"),
-        (64, 32, 2, 8, "examples"),
-        (64, 16, 2, 8, "examples"),
-        (60, 15, 2, 8, "sorted"),  # examples shorter than a tile
-        (512 * 16, 16, 2, 8, "examples"),
-        (513 * 16, 16, 2, 8, "sorted"),  # too many choices to walk through
+        (1, 1, 8, 2, 16, "decode"),
+        (32, 1, 8, 2, 64, "decode"),
+        (33, 1, 8, 2, 32, "dense"),  # more pairs
+        (33, 1, 8, 2, 33, "sorted"),
+        (33, 1, 8, 1, 16, "dense"),
+        (33, 1, 8, 1, 17, "sorted"),
+        (32, 1, 8, 2, 65, "sorted"),  # wider experts
+        (0, 1, 8, 2, 4096, "decode"),
+        (64, 32, 64, 1, 8, "decode"),
+        (64, 32, 64, 2, 8, "examples"),
+        (64, 16, 4, 2, 8, "examples"),
+        (60, 15, 64, 2, 8, "sorted"),  # examples shorter than a tile
+        (60, 15, 4, 2, 8, "dense"),
+        (512 * 16, 16, 64, 2, 8, "examples"),
+        (513 * 16, 16, 64, 2, 8, "sorted"),  # too many choices to walk through
     ],
 )
-def test_the_shape_decides_about_the_path(num_tokens, tokens_per_example, top_k, rank, path):
-    assert path_of(num_tokens, tokens_per_example, top_k, rank) == path
+def test_the_shape_decides_about_the_path(num_tokens, tokens_per_example, num_experts, top_k, rank, path):
+    assert path_of(num_tokens, tokens_per_example, num_experts, top_k, rank) == path
 
 
 def test_the_backend_names_the_path(monkeypatch):
     monkeypatch.setattr(backend, "is_interpreted", lambda: True)
     facts = Case(1, 64, 64, 8, 16, 2, torch.float32, "cpu")
     assert "'decode'" in backend.supports(facts)[1]
-    assert "'sorted'" in backend.supports(facts._replace(num_tokens=100))[1]
+    assert "'dense'" in backend.supports(facts._replace(num_tokens=100))[1]
+    assert "'sorted'" in backend.supports(facts._replace(num_tokens=100, rank=64))[1]
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """`triton`: shrink, then expand into the base output; no host sync, no atomics, no permuted copy of the tokens.
 
-A pure function of the shape, [`path_of`], picks one of three paths. Backward of a few pairs takes that of whole examples.
+A pure function of the shape, [`path_of`], picks one of four paths. Backward of a few pairs takes that of whole examples.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def supports(case: Case) -> tuple[bool, str]:
     if case.device != ("cpu" if is_interpreted() else "cuda"):
         where = "the CPU, where the interpreter runs" if is_interpreted() else "CUDA"
         return False, f"it takes tensors on {where}, but these are on {case.device!r}"
-    path = path_of(case.num_tokens, case.tokens_per_example, max(case.top_k, 1), case.rank)
+    path = path_of(case.num_tokens, case.tokens_per_example, case.num_experts, max(case.top_k, 1), case.rank)
     return True, f"path {path!r}: {REASONS[path]}"
 
 
@@ -53,14 +53,20 @@ def as_float(weights_BK: torch.Tensor | None) -> torch.Tensor | None:
 
 def path_for(routing: DispatchPlan | Rows, rank: int) -> Path:
     """The path of a call."""
-    return path_of(routing.num_tokens, routing.tokens_per_example, routing.top_k, rank)
+    return path_of(routing.num_tokens, routing.tokens_per_example, routing.num_experts, routing.top_k, rank)
+
+
+def path_back(routing: DispatchPlan | Rows, rank: int) -> Path:
+    """The path of its backward."""
+    path = path_for(routing, rank)
+    return "examples" if path == "decode" else path
 
 
 def steps_of(path: Path) -> Any:
     """The module with the `run_shrink`, `run_expand` and, for backward, `run_weight_gradient` of a path."""
-    from ..triton.launch import examples, pairs, sorted_rows
+    from ..triton.launch import dense, examples, pairs, sorted_rows
 
-    return {"decode": pairs, "examples": examples, "sorted": sorted_rows}[path]
+    return {"decode": pairs, "examples": examples, "dense": dense, "sorted": sorted_rows}[path]
 
 
 def forward(
@@ -90,7 +96,7 @@ def compute(
     scaling: float,
     inplace: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(out, projected)`; `projected` `(N, R)` is `A x`, in the order of rows."""
+    """`(out, projected)`; `projected` `(N, R)` is `A x` in the order of rows, `(T·E, R)` for all experts where dense."""
     steps = steps_of(path_for(rows, A.shape[1]))
     projected_NR, _ = steps.run_shrink(unit_stride(x_TD), A.contiguous(), rows)
     out_TO = base_TO if inplace else torch.empty_like(base_TO, memory_format=torch.contiguous_format)
@@ -127,7 +133,7 @@ def compute_gradients(
     needs: Needs,
 ) -> tuple[torch.Tensor | None, ...]:
     """`dB = Σ s·w·h dyᵀ; g = dy Bᵀ; dw = s·h·g; dA = Σ s·w·g xᵀ; dx = Σ_k s·w·g A`."""
-    steps = steps_of("examples" if rows.order is None else "sorted")
+    steps = steps_of(path_back(rows, A.shape[1]))
     weights = as_float(weights_BK)
     grad_x = grad_A = grad_B = grad_weights = None
     if needs.B:
@@ -196,7 +202,9 @@ def _(
     tokens_per_example: int,
     scaling: float,
 ) -> Any:
-    projected = x.new_empty(x.shape[0] * index.shape[1], A.shape[1])
+    num_experts, rank = A.shape[:2]
+    path = path_for(rows_from(index, token_of_row, segment_end, tokens_per_example, num_experts), rank)
+    projected = x.new_empty(x.shape[0] * (num_experts if path == "dense" else index.shape[1]), rank)
     return torch.empty_like(base, memory_format=torch.contiguous_format), projected
 
 
