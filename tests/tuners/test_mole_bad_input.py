@@ -9,7 +9,10 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
+import torch.distributed as dist
 from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from peft_moe import MoLEConfig
 from peft_moe.tuners.mole import MoLELayer
@@ -158,6 +161,20 @@ def test_bad_target_is_refused_before_the_model_is_touched(settings, message):
         get_peft_model(model, MoLEConfig(**settings))
     assert untouched(model)
     get_peft_model(model, MoLEConfig())(**token_batch())
+
+
+def test_a_linear_that_is_split_over_processes_is_refused():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = tiny_llama()
+        linear = model.model.layers[0].mlp.up_proj
+        mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("tp",))
+        linear.weight = torch.nn.Parameter(distribute_tensor(linear.weight.detach(), mesh, [Shard(0)]))
+        with pytest.raises(ValueError, match=r"'model.layers.0.mlp.up_proj' is split over processes.*without tp_plan"):
+            get_peft_model(model, MoLEConfig())
+        assert untouched(model)
+    finally:
+        dist.destroy_process_group()
 
 
 def wrapped(**settings):
