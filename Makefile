@@ -21,8 +21,10 @@ PYTEST := $(OFFLINE) OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/p
 FAST := -m "not gpu and not slow" -n $(WORKERS) --dist loadfile --ignore=tests/conformance/peft --ignore=tests/upstream
 
 # another interpreter for machines where nothing can be installed: make bench-gpu GPU_PYTHON=python3 RESULTS=/some/folder
+# programs are compiled when they first run, which PYTEST_ARGS="-n 8" does side by side where pytest-xdist is there
 GPU_PYTHON ?= $(BIN)/python
 RESULTS ?= benchmarks/results
+GPU_TESTS = $(shell grep -rl --include='test_*.py' 'pytest.mark.gpu' tests)
 BENCH_GPU := PYTHONPATH=src $(OFFLINE) timeout 590 $(GPU_PYTHON)
 
 .DEFAULT_GOAL := help
@@ -74,8 +76,8 @@ test-fast: $(INSTALLED)  ## the tests that take no more than a few seconds each
 test-slow: test-assets  ## only the slow tests
 	@$(PYTEST) -m "slow and not gpu" -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
-test-gpu: test-assets  ## the tests that need a CUDA device
-	@$(PYTEST) -m gpu $(PYTEST_ARGS)
+test-gpu: $(if $(findstring $(VENV),$(GPU_PYTHON)),$(INSTALLED))  ## the tests that need a CUDA device; no network
+	@PYTHONPATH=src $(OFFLINE) OMP_NUM_THREADS=1 $(GPU_PYTHON) -m pytest -o addopts=-ra $(GPU_TESTS) -m gpu $(PYTEST_ARGS)
 
 test-floor:  ## the fast tests on the oldest supported versions, in .venv-floor/
 	@floors=$$($(PYTHON) tests/floors.py) && $(MAKE) --no-print-directory test-fast VENV=.venv-floor PINS="$$floors"
