@@ -28,8 +28,8 @@ HERE = Path(__file__).parent
         (32, 1, 8, 2, 64, "decode"),
         (33, 1, 8, 2, 32, "dense"),  # more pairs
         (33, 1, 8, 2, 33, "sorted"),
-        (33, 1, 8, 1, 16, "dense"),
-        (33, 1, 8, 1, 17, "sorted"),
+        (65, 1, 8, 1, 16, "dense"),
+        (65, 1, 8, 1, 17, "sorted"),
         (32, 1, 8, 2, 65, "sorted"),  # wider experts
         (0, 1, 8, 2, 4096, "decode"),
         (64, 32, 64, 1, 8, "decode"),
