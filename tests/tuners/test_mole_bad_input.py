@@ -37,6 +37,11 @@ BAD_FIELDS = [
     ),
     ("loss-nan", {"router_z_loss_coef": float("nan")}, "router_z_loss_coef must be a number and not negative"),
     ("unknown-gate", {"gate_scale": "probs"}, "gate_scale must be one of 'none', 'straight_through', 'prob', but is"),
+    (
+        "untrained-router",
+        {"gate_scale": "none", "router_aux_loss_coef": 0.0},
+        "leaves routers without any gradient",
+    ),
     ("unknown-scope", {"router_scope": "layer"}, "router_scope must be one of 'mlp', 'module', but is 'layer'"),
     (
         "unknown-loss",
@@ -101,6 +106,13 @@ BAD_FIELDS = [
 def test_bad_field_is_refused_by_the_config(fields, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         MoLEConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    "more", [{"router_z_loss_coef": 0.1}, {"soft": True}, {"num_experts": 1}, {"inference_mode": True}]
+)
+def test_routers_without_a_gradient_from_the_task(more):
+    MoLEConfig(gate_scale="none", router_aux_loss_coef=0.0, **more)
 
 
 def test_all_problems_are_named_at_once():

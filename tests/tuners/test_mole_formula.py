@@ -32,11 +32,12 @@ def build(dtype=torch.float32, **settings):
         "lora_alpha": 6,
         "lora_dropout": 0.0,
         "init_lora_weights": False,
-        "router_aux_loss_coef": 0.0,
         **settings,
     }
+    config = MoLEConfig(task_type="CAUSAL_LM", **settings)
+    config.router_aux_loss_coef = 0.0  # for the gradient of the task alone, which a configuration may refuse
     torch.manual_seed(5)
-    return get_peft_model(tiny_llama(num_hidden_layers=2).to(dtype), MoLEConfig(task_type="CAUSAL_LM", **settings))
+    return get_peft_model(tiny_llama(num_hidden_layers=2).to(dtype), config)
 
 
 def expert_weights(p: torch.Tensor, settings: dict) -> dict[int, torch.Tensor]:

@@ -168,8 +168,8 @@ class MoCLEModel(LoraExpertsModel):
             if ".mocle_centroids." in name and expected is not None and checksum(tensor) != expected:
                 raise ValueError(
                     f"The centroids in the file of the adapter {adapter_name!r} are not those that its "
-                    "adapter_config.json names (centroids_sha256): prompts would be sent to the wrong experts. One of the "
-                    "two files was changed or comes from elsewhere; fetch both again."
+                    "adapter_config.json names (centroids_sha256): prompts would be sent to the wrong experts. Nothing was "
+                    "loaded. One of the two files was changed or comes from elsewhere; fetch both again."
                 )
         return remapped
 

@@ -55,7 +55,7 @@ class MoLEConfig(LoraExpertsConfig):
             linear.
         gate_scale (`"none"`, `"straight_through"` or `"prob"`):
             What an expert's output is multiplied with: 1 (paper), 1 with a gradient to the router, or its probability
-            (default, `docs/log.md`).
+            (default, `docs/log.md`). With `"none"` routers learn from the router losses only, one of which must be on.
         soft (`bool`):
             Use all experts, weighted by probability (the released inference). `top_k` and `gate_scale` are ignored.
         normalize_top_k (`bool`):
@@ -199,6 +199,14 @@ class MoLEConfig(LoraExpertsConfig):
             },
         )
         problems += float32_problems(self, "router_dtype")
+        has_routers = any(count != 1 for count in (self.num_experts, *pattern.values()))
+        has_router_loss = self.router_aux_loss_coef or self.router_z_loss_coef
+        if self.gate_scale == "none" and has_routers and not (self.soft or has_router_loss or self.inference_mode):
+            problems.append(
+                "gate_scale='none' together with router_aux_loss_coef=0 and router_z_loss_coef=0 leaves routers without any "
+                "gradient: they would stay as they are initialised. Use gate_scale='prob' or 'straight_through', or give "
+                "one of the two losses a coefficient."
+            )
         if pattern and self.router_aux_loss_type != "switch" and self.router_aux_loss_coef:
             problems.append(
                 f"router_aux_loss_type={self.router_aux_loss_type!r} pools all routers and needs the same number of "
