@@ -62,6 +62,7 @@ def test_ffn_experts(clock, monkeypatch, tmp_path, capsys):
     result = run(monkeypatch, tmp_path, ffn_experts)
     assert {"dense", "eager", "modules", "grouped_mm", "peft_moe"} <= set(result["cells"][0]["median_ms"])
     assert all(error < 1e-4 for cell in result["cells"] for error in cell["errors"].values())
+    assert "peft_moe_triton" in result["unusable"], "there is no device that Triton runs on"
     whole = result["whole_model"]
     assert {"dense", "eager", "grouped_mm", "peft_moe"} <= set(whole["step"]) & set(whole["tokens_per_s"])
     printed = capsys.readouterr().out

@@ -6,13 +6,15 @@ import pytest
 import torch
 from packaging.version import Version
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from peft_moe.kernels import explain_ffn_experts, ffn_experts
+from peft_moe.kernels import explain_ffn_experts, ffn_experts, ffn_triton
 from peft_moe.kernels.ffn_experts import ffn_experts_forward
+from peft_moe.kernels.ffn_triton import ffn_triton_forward
 from peft_moe.models.moe_llava.experts import EXPERTS_CLASSES
 from tiny_moe import FAMILIES
 
@@ -225,11 +227,16 @@ def test_only_what_is_wanted_gets_a_gradient(frozen):
             assert_close([tensor.grad], [theirs], 1e-5)
 
 
-def test_nothing_is_kept_without_gradients():
+def test_nothing_is_kept_without_gradients(monkeypatch):
     x, index, weights = inputs()
+    sizes = []
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *size: sizes.append(size) or new_empty(self, *size))
     with torch.no_grad():
         out = ffn_experts_forward(make("gated"), x, index, weights)
-    assert out.grad_fn is None
+    assert out.grad_fn is None and not sizes
+    ffn_experts_forward(make("gated"), x, index, weights)
+    assert sizes == [(index.numel(), 2 * INNER)]
 
 
 def test_second_derivative_is_refused():
@@ -354,9 +361,74 @@ def test_sizes_that_grouped_mm_refuses_compile_too():
 def test_explanations():
     experts = make("gated")
     assert explain_ffn_experts(experts).startswith("peft_moe:")
-    assert explain_ffn_experts(experts, "cuda") == "grouped_mm: there is no kernel for 'cuda'"
+    assert explain_ffn_experts(experts, "cuda") == (
+        "grouped_mm: its programs for CUDA were never measured; name 'peft_moe_triton' to use them"
+    )
+    assert explain_ffn_experts(experts, "mps") == "grouped_mm: there is no kernel for 'mps'"
     experts.has_post_expert_norm = True
     assert "norm after their second linear" in explain_ffn_experts(experts)
     experts = make("gated")
     experts.scale = nn.Parameter(torch.ones(1))
     assert explain_ffn_experts(experts) == "grouped_mm: the experts have parameters beside their two linears (scale)"
+
+
+def test_only_names_of_this_package_are_explained():
+    with pytest.raises(ValueError, match="'peft_moe' and 'peft_moe_triton', but got implementation='grouped_mm'"):
+        explain_ffn_experts(make("gated"), implementation="grouped_mm")
+
+
+def with_norm(experts):
+    experts.has_post_expert_norm = True
+
+
+def with_scale(experts):
+    experts.scale = nn.Parameter(torch.ones(1))
+
+
+def of_integers(experts):
+    experts.down_proj = nn.Parameter(experts.down_proj.data.to(torch.int8), requires_grad=False)
+
+
+def of_wrappers(experts):
+    experts.down_proj = nn.Parameter(TwoTensor(*[experts.down_proj.data] * 2))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (with_norm, "the experts have a norm after their second linear"),
+        (with_scale, r"parameters beside their two linears \(scale\)"),
+        (of_integers, "'down_proj' is Parameter of torch.int8"),
+        (of_wrappers, "a weight is TwoTensor, which has no memory of its own"),
+        (nn.Module.double, "tensor cores take float32, bfloat16 and float16, not torch.float64"),
+    ],
+)
+def test_the_triton_programs_never_hand_on(change, reason, monkeypatch):
+    monkeypatch.setattr(ffn_triton, "is_usable", lambda: (True, ""))
+    monkeypatch.setattr(ffn_triton, "is_interpreted", lambda: True)
+    experts = make("gated")
+    assert explain_ffn_experts(experts, implementation="peft_moe_triton") == (
+        "peft_moe_triton: Triton programs, with 'gelu' inside"
+    )
+    change(experts)
+    with pytest.raises(RuntimeError, match=f"cannot compute MoeLlavaGatedExperts: .*{reason}. Use model.set_experts"):
+        ffn_triton_forward(experts, *inputs())
+    assert "cannot run" in explain_ffn_experts(experts, implementation="peft_moe_triton")
+
+
+@pytest.mark.parametrize(
+    ("is_interpreted", "device", "where"),
+    [(False, "cpu", "CUDA, but these are on 'cpu'"), (True, "cuda", "the CPU, where Triton's interpreter runs")],
+)
+def test_the_triton_programs_run_where_triton_does(is_interpreted, device, where, monkeypatch):
+    monkeypatch.setattr(ffn_triton, "is_usable", lambda: (True, ""))
+    monkeypatch.setattr(ffn_triton, "is_interpreted", lambda: is_interpreted)
+    assert where in explain_ffn_experts(make("gated"), device, implementation="peft_moe_triton")
+
+
+@pytest.mark.skipif(ffn_triton.is_usable()[0], reason="Triton can run here")
+def test_the_name_is_known_to_transformers_and_says_what_is_missing():
+    model = mixtral()
+    model.set_experts_implementation("peft_moe_triton")
+    with pytest.raises(RuntimeError, match="'peft_moe_triton' cannot compute MixtralExperts: .*(triton|CUDA)"):
+        model(torch.arange(8).view(1, 8))

@@ -6,11 +6,16 @@ import dataclasses
 
 import pytest
 import torch
+from ffn_cases import CASES as FFN_CASES
+from ffn_cases import FfnCase, expected, loop_over_experts, relative, with_gradients
+from ffn_cases import inputs as ffn_inputs
+from ffn_cases import make as make_experts
 from kernel_cases import CASES, KernelCase, make_grad_out, make_index, make_inputs
 from kernel_oracle import outputs_and_gradients
 from test_conformance import LIMITS, gradients, relative_error
 
 from peft_moe.kernels import BACKENDS, Case, DispatchPlan, lora_experts
+from peft_moe.kernels.ffn_triton import ffn_triton_forward
 
 
 pytestmark = [
@@ -195,3 +200,118 @@ def test_triton_needs_no_buffer_of_the_size_of_all_rows(num_experts):
     columns = rows if num_experts * case.rank > 128 * case.top_k else tokens * num_experts  # sorted, or dense
     small = columns * case.rank * 2 * 4 + rows * 64
     assert peak <= 1.1 * (outputs + weights + small)
+
+
+LARGE_FFN = {
+    "mixtral": FfnCase("wide experts", 2048, 2048, 5632, num_experts=8),
+    "fine_grained": FfnCase("many narrow experts", 2048, 2048, 1024, num_experts=64, top_k=8),
+    "gpt_oss": FfnCase(
+        "torch computes the activation", 1024, 2880, 2880, 16, 4, has_bias=True, is_transposed=True, has_own_gate=True
+    ),
+    "plain": FfnCase("no gate", 2048, 2048, 4096, activation="gelu", has_gate=False, has_bias=True),
+    "decode": FfnCase("a few tokens", 3, 4096, 14336, num_experts=8),
+    "skewed": FfnCase("one expert has nearly all", 4096, 1024, 1024, top_k=1, forced=((2,),) * 4095 + ((0,),)),
+    "other_experts": FfnCase(
+        "most experts are elsewhere", 2048, 1024, 1024, forced=((4, 1), (4, 4), (3, 0), (4, 4)) * 512
+    ),
+}
+
+
+def ffn_results(function, experts, *given) -> list[torch.Tensor]:
+    """Output and gradients on the device."""
+    return with_gradients(function, experts.to(DEVICE), *(tensor.to(DEVICE) for tensor in given))
+
+
+@pytest.fixture
+def poison():
+    """Fresh memory is full of NaN, so that what a program leaves unwritten shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", FFN_CASES)
+def test_ffn_experts_agree_with_the_oracle(name, dtype, poison):
+    case = FFN_CASES[name]
+    found = ffn_results(ffn_triton_forward, make_experts(case, dtype), *ffn_inputs(case, dtype))
+    assert relative([tensor.cpu() for tensor in found], expected(case, dtype)) <= LIMITS[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", LARGE_FFN)
+def test_large_ffn_experts_agree_with_a_loop(name, dtype, poison):
+    case = LARGE_FFN[name]
+    experts, given = make_experts(case, dtype), ffn_inputs(case, dtype)
+    found = ffn_results(ffn_triton_forward, experts, *given)
+    exact = ffn_results(loop_over_experts, experts.double(), given[0].double(), given[1], given[2].double())
+    assert relative(found, exact) <= LIMITS[dtype]
+
+
+@pytest.mark.parametrize("name", ["top_2", "transposed", "own_gate"])
+def test_ffn_experts_under_autocast(name, poison):
+    case = FFN_CASES[name]
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        found = ffn_results(ffn_triton_forward, make_experts(case), *ffn_inputs(case))
+    assert all(tensor.dtype == torch.float32 for tensor in found)
+    assert 1e-4 < relative([tensor.cpu() for tensor in found], expected(case, torch.float32)) <= 1.5e-2
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "decode"])
+def test_a_hundred_runs_of_ffn_experts_are_equal_to_the_bit(name):
+    case = LARGE_FFN[name]
+    experts, given = make_experts(case, torch.bfloat16), ffn_inputs(case, torch.bfloat16)
+    first = ffn_results(ffn_triton_forward, experts, *given)
+    for _ in range(99):
+        assert all(map(torch.equal, ffn_results(ffn_triton_forward, experts, *given), first))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "decode"])
+def test_a_cuda_graph_of_ffn_experts_replays_another_routing(name):
+    case = LARGE_FFN[name]
+    experts = make_experts(case, torch.bfloat16).to(DEVICE).requires_grad_(False)
+    x, index, weights = (tensor.to(DEVICE) for tensor in ffn_inputs(case, torch.bfloat16))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            ffn_triton_forward(experts, x, index, weights)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ffn_triton_forward(experts, x, index, weights)
+    index.copy_((index + 1) % case.num_experts)
+    graph.replay()
+    torch.cuda.synchronize()
+    torch.testing.assert_close(captured, ffn_triton_forward(experts, x, index, weights), rtol=0, atol=0)
+
+
+def test_ffn_experts_take_four_launches():
+    """The sort, both linears, and the sum over the slots."""
+    case = LARGE_FFN["mixtral"]
+    experts = make_experts(case, torch.bfloat16).to(DEVICE).requires_grad_(False)
+    given = [tensor.to(DEVICE) for tensor in ffn_inputs(case, torch.bfloat16)]
+    given[1] = given[1].contiguous()
+    ffn_triton_forward(experts, *given)  # compiles
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        ffn_triton_forward(experts, *given)
+        torch.cuda.synchronize()
+    launched = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert len(launched) == 4, launched
+
+
+def test_ffn_experts_copy_no_stack_of_weights():
+    """Beside gradients: u and its gradient, h and its weighted copy, and a row for each pair."""
+    case = LARGE_FFN["mixtral"]
+    experts = make_experts(case, torch.bfloat16)
+    given = [tensor.to(DEVICE) for tensor in ffn_inputs(case, torch.bfloat16)]
+    ffn_results(ffn_triton_forward, experts, *given)  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    ffn_results(ffn_triton_forward, experts, *given)
+    peak = torch.cuda.max_memory_allocated() - before
+    pairs = case.num_tokens * case.top_k
+    rows = pairs * (2 * 2 * case.inner + 2 * case.inner + 2 * case.width) * 2
+    tokens = 8 * case.num_tokens * case.width * 4
+    assert peak <= 1.1 * (rows + tokens + sum(p.numel() for p in experts.parameters()) * 2)

@@ -21,9 +21,10 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from peft_moe.kernels.triton import tiles as sizes  # noqa: E402
 from peft_moe.kernels.triton.launch import dense as dense_launch  # noqa: E402
+from peft_moe.kernels.triton.launch import ffn as ffn_launch  # noqa: E402
 from peft_moe.kernels.triton.launch import pairs as pairs_launch  # noqa: E402
 from peft_moe.kernels.triton.launch.sort import SORT_WARPS, sort_blocks  # noqa: E402
-from peft_moe.kernels.triton.programs import dense, examples, pairs, sort, sorted_rows  # noqa: E402
+from peft_moe.kernels.triton.programs import dense, examples, ffn, pairs, sort, sorted_rows  # noqa: E402
 
 
 KIB = 1024
@@ -47,18 +48,21 @@ E, K = 8, 2
 ROWS = {"decode": 64, "train": 8192}
 
 
-def compiled(program, dtype, target, settings, weight_dtype=None, **options):
-    """The program as it is launched on contiguous tensors whose widths are multiples of 16."""
+def compiled(program, dtype, target, settings, others=None, **options):
+    """The program as it is launched on contiguous tensors whose widths are multiples of 16; `others` have other dtypes."""
     types = POINTERS | dict.fromkeys(DATA, TYPES[dtype]) | {"out": TYPES[dtype], "scaling": "fp32"}
     types |= dict.fromkeys((*INTEGERS, *WIDTHS, *(f"stride_{name}" for name in STRIDES)), "i32")
     if program.__name__.startswith("weight_gradient"):
         types["out"] = "*fp32"
+    types |= {name: TYPES[other] for name, other in (others or {}).items()}
     names = program.arg_names
     if "UPCAST" in names:
         settings = {**settings, **sizes.precision_of(dtype)}
     settings = {name: value for name, value in settings.items() if name in names}
     signature = {name: "constexpr" if name in settings else types[name] for name in names}
-    aligned = [i for i, name in enumerate(names) if signature[name] != "constexpr" and name not in INTEGERS]
+    aligned = [
+        i for i, name in enumerate(names) if signature[name] != "constexpr" and name not in (*INTEGERS, "scaling")
+    ]
     attributes = {(index,): [["tt.divisibility", 16]] for index in aligned}
     source = ASTSource(program, signature, constexprs=settings, attrs=attributes)
     return triton.compile(source, target=target, options=options)
@@ -134,6 +138,53 @@ def dense_specialisations(rank: int, dtype: torch.dtype):
     yield f"gradient_dense r{rank}", dense.weight_gradient_dense, settings, tiles, settings["BLOCK_C"] >= 64
 
 
+# experts, experts per token, activation, whether there is a gate, biases, a transposed layout; phi and gpt-oss have them
+MIXTURES = {
+    "mixtral": (8, 2, "silu", True, False, False),
+    "olmoe": (64, 8, "silu", True, False, False),
+    "moe_llava": (4, 2, "gelu", False, True, False),
+    "gpt_oss": (32, 4, "gelu_tanh", True, True, True),
+    "gelu": (8, 2, "gelu", True, False, False),
+    "relu2": (8, 2, "relu2", False, False, True),
+}
+
+
+def ffn_specialisations(mixture: str, phase: str, dtype: torch.dtype, weight_dtype: torch.dtype, is_large: bool):
+    """Name, program, settings, tiles, and whether Hopper's warp-group products are expected."""
+    num_experts, top_k, activation, has_gate, has_bias, is_transposed = MIXTURES[mixture]
+    facts = (phase == "decode", dtype, weight_dtype, is_large)
+    shape = {"E": num_experts, "K": top_k, "SEGMENTS": sizes.next_power_of_two(num_experts), "GROUP": ffn_launch.GROUP}
+    shape |= {"HAS_BIAS": has_bias, "HAS_GATE": has_gate, "ACTIVATION": activation, "HAS_INNER": phase == "train"}
+    wants_wgmma = phase == "train"
+
+    def product(tiles: sizes.Tiles, depth: int, unit: str, **more):
+        blocks = {"BLOCK_M": tiles.rows, "BLOCK_F": tiles.columns, "BLOCK_W": tiles.columns, "BLOCK_D": depth}
+        return shape | blocks | {unit: 1} | more
+
+    tiles, depth = ffn_launch.first_tiles(*facts, has_gate, activation)
+    settings = product(tiles, depth, "stride_wf" if is_transposed else "stride_wd")
+    yield f"first_linear {mixture} {phase}", ffn.first_linear, settings, tiles, wants_wgmma
+    tiles, depth = ffn_launch.product_tiles(*facts)
+    settings = product(tiles, depth, "stride_ww" if is_transposed else "stride_wd", GATHERS=False, HAS_WEIGHT=True)
+    yield f"down {mixture} {phase}", ffn.row_product, settings, tiles, wants_wgmma
+    if phase == "decode":
+        return
+    settings = product(tiles, depth, "stride_wd" if is_transposed else "stride_ww", HAS_WEIGHT=False, HAS_BIAS=False)
+    for name, gathers in (("gradient of h", True), ("gradient of x", False)):
+        yield f"{name} {mixture}", ffn.row_product, settings | {"GATHERS": gathers}, tiles, wants_wgmma
+    tiles = ffn_launch.ACTIVATION_TILES
+    settings = shape | dict.fromkeys(("HAS_G", "HAS_WEIGHTED", "HAS_DOTS"), True)
+    settings |= {"BLOCK_M": tiles.rows, "BLOCK_F": tiles.columns}
+    yield f"activation_gradient {mixture}", ffn.activation_gradient, settings, tiles, False
+    tiles, depth = ffn_launch.gradient_tiles(dtype, is_large)
+    settings = shape | {"BLOCK_R": tiles.rows, "BLOCK_C": tiles.columns, "BLOCK_N": depth}
+    for unit in ("stride_or", "stride_oc"):
+        yield f"stack_gradient {mixture} {unit}", ffn.stack_gradient, settings | {unit: 1}, tiles, wants_wgmma
+    tiles = ffn_launch.BIAS_TILES
+    settings = shape | {"GATHERS": True, "HAS_WEIGHT": True, "BLOCK_W": tiles.columns, "BLOCK_N": tiles.rows}
+    yield f"bias_gradient {mixture}", ffn.bias_gradient, settings, tiles, False
+
+
 def stack_bytes(cubin: bytes, tmp_path: Path) -> int:
     """What registers have spilled to memory."""
     file = tmp_path / "program.cubin"
@@ -143,6 +194,21 @@ def stack_bytes(cubin: bytes, tmp_path: Path) -> int:
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found and int(found[1]) > 0, usage
     return int(found[2])
+
+
+def problems_of(what, program, settings, tiles, wants_wgmma, name, dtype, tmp_path, others=None):
+    """What is wrong with a program on a target."""
+    target, most_shared = TARGETS[name]
+    stages = min(tiles.stages, sizes.MAX_HIP_STAGES) if target.backend == "hip" else tiles.stages
+    kernel = compiled(program, dtype, target, settings, others, num_warps=tiles.warps, num_stages=stages)
+    if kernel.metadata.shared > most_shared:
+        yield f"{what}: {kernel.metadata.shared} bytes of shared memory, {most_shared} are there"
+    if target.backend == "cuda" and (stack := stack_bytes(kernel.asm["cubin"], tmp_path)):
+        yield f"{what}: {stack} bytes spilled"
+    if target.backend == "hip" and (spilled := re.search(r"vgpr_spill_count: +([1-9]\d*)", kernel.asm["amdgcn"])):
+        yield f"{what}: {spilled[1]} registers spilled"
+    if name == "sm_90" and dtype != torch.float32 and wants_wgmma and "wgmma" not in kernel.asm["ptx"]:
+        yield f"{what}: no wgmma"
 
 
 @pytest.mark.slow
@@ -162,17 +228,8 @@ def stack_bytes(cubin: bytes, tmp_path: Path) -> int:
 def test_no_spill_and_no_more_memory_than_there_is(name, dtype, is_thorough, tmp_path):
     if name == "sm_100" and Version(triton.__version__) < Version("3.7"):
         pytest.skip(f"triton {triton.__version__} spills 8 bytes where newer ones do not")
-    target, most_shared = TARGETS[name]
-    problems = []
-    for what, program, settings, tiles, wants_wgmma in specialisations(dtype, is_thorough=is_thorough):
-        stages = min(tiles.stages, sizes.MAX_HIP_STAGES) if target.backend == "hip" else tiles.stages
-        kernel = compiled(program, dtype, target, settings, num_warps=tiles.warps, num_stages=stages)
-        if kernel.metadata.shared > most_shared:
-            problems.append(f"{what}: {kernel.metadata.shared} bytes of shared memory, {most_shared} are there")
-        if target.backend == "cuda" and (stack := stack_bytes(kernel.asm["cubin"], tmp_path)):
-            problems.append(f"{what}: {stack} bytes spilled")
-        if name == "sm_90" and dtype != torch.float32 and wants_wgmma and "wgmma" not in kernel.asm["ptx"]:
-            problems.append(f"{what}: no wgmma")
+    found = specialisations(dtype, is_thorough=is_thorough)
+    problems = [problem for one in found for problem in problems_of(*one, name, dtype, tmp_path)]
     assert not problems, "\n".join(problems)
 
 
@@ -182,3 +239,37 @@ def test_a_spill_is_noticed(tmp_path):
     settings |= {"BLOCK_M": 64, "BLOCK_W": 128, "BLOCK_R": 32}
     kernel = compiled(sorted_rows.expand, torch.float32, TARGETS["sm_90"][0], settings, num_warps=4, num_stages=2)
     assert stack_bytes(kernel.asm["cubin"], tmp_path) > 0
+
+
+def ffn_problems(mixtures, name, dtype, weight_dtype, tmp_path):
+    """What is wrong with the programs for FFN experts."""
+    is_large = name != "sm_80" and weight_dtype.itemsize == 2
+    for mixture in mixtures:
+        for phase in ROWS:
+            for one in ffn_specialisations(mixture, phase, dtype, weight_dtype, is_large):
+                is_gradient = one[1] in (ffn.stack_gradient, ffn.bias_gradient)
+                yield from problems_of(*one, name, dtype, tmp_path, {"out" if is_gradient else "w": weight_dtype})
+
+
+@pytest.mark.slow
+def test_ffn_experts_neither_spill_nor_need_too_much_memory(tmp_path):
+    problems = list(ffn_problems(["mixtral"], "sm_90", torch.bfloat16, torch.bfloat16, tmp_path))
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize(
+    ("dtype", "weight_dtype"),
+    [
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16),
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+    ],
+    ids=["bfloat16", "float16", "float32", "bfloat16-of-float32"],
+)
+def test_no_mixture_spills(name, dtype, weight_dtype, tmp_path):
+    problems = list(ffn_problems(MIXTURES, name, dtype, weight_dtype, tmp_path))
+    assert not problems, "\n".join(problems)

@@ -61,8 +61,10 @@ def test_the_backend_names_the_path(monkeypatch):
         (["interpreted.py", "-k", "not wrong and not dtype1 and not compiled_graphs"], 60),
         (["interpreted.py", "-k", "wrong"], 32),
         pytest.param(["interpreted.py", "-k", "dtype1 or compiled_graphs"], 12, marks=pytest.mark.exhaustive),
+        (["interpreted_ffn.py", "-m", "not exhaustive"], 40),
+        pytest.param(["interpreted_ffn.py", "-m", "exhaustive"], 65, marks=pytest.mark.exhaustive),
     ],
-    ids=["conformance", "beyond", "mutations", "float16-and-compiled"],
+    ids=["conformance", "beyond", "mutations", "float16-and-compiled", "ffn-experts", "more-of-ffn-experts"],
 )
 def test_everything_in_the_interpreter(files, least):
     """In a process of its own: whether Triton interprets is settled when it is imported."""

@@ -13,12 +13,12 @@ from peft_moe.kernels import DispatchPlan, lora_experts
 
 pytest.importorskip("triton", reason="the launchers import the package triton")
 
-from peft_moe.kernels.triton.launch import dense, examples, pairs, sort, sorted_rows  # noqa: E402
+from peft_moe.kernels.triton.launch import dense, examples, ffn, pairs, sort, sorted_rows  # noqa: E402
 
 
 LAUNCHERS = [
     pytest.param(launch, id=f"{module.__name__.rpartition('.')[2]}-{name}")
-    for module in (dense, examples, pairs, sort, sorted_rows)
+    for module in (dense, examples, ffn, pairs, sort, sorted_rows)
     for name, launch in inspect.getmembers(module, inspect.isfunction)
     if name.startswith("run_")
 ]

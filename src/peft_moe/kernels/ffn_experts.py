@@ -1,4 +1,4 @@
-"""FFN experts for transformers' experts interface, under the name `"peft_moe"`.
+"""FFN experts for transformers' experts interface, under the name `"peft_moe"`; registers `"peft_moe_triton"` too.
 
 On a CPU, expert after expert: its tokens are gathered, go through both linears and are added to the output, in chunks
 whose temporaries stay small. Only the output of the first linear is kept for backward; the gradient of a weight is
@@ -8,36 +8,31 @@ written where it belongs, once. Elsewhere, and where an expert has more parts th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import parametrize
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
+from . import ffn_triton
+from .ffn_layout import (
+    Activation,
+    Linears,
+    activation_of,
+    has_sentinel,
+    linears_of,
+    obstacle,
+    second_derivative_error,
+    stored,
+    weight_names,
+)
 from .plan import DispatchPlan
 
 
 NAME = "peft_moe"
 # measured: 512 rows and fewer cost up to 5 %, 128 up to 40 %; more than 1024 gain nothing
 MAX_CHUNK_ROWS = 1024
-
-Activation = Callable[[torch.Tensor], torch.Tensor]
-
-
-class Linears(NamedTuple):
-    """The stacked linears of E experts, `x W_up → activation → W_down`.
-
-    `up` `(E, D, U)` and `down` `(E, F, D)`, seen as matrices that rows are multiplied with from the left; U is 2F where
-    there is a gate. Biases `(E, U)` and `(E, D)`, or `None`.
-    """
-
-    up: torch.Tensor
-    up_bias: torch.Tensor | None
-    down: torch.Tensor
-    down_bias: torch.Tensor | None
 
 
 class Chunk(NamedTuple):
@@ -49,16 +44,21 @@ class Chunk(NamedTuple):
 
 
 def register() -> None:
-    """Make `experts_implementation="peft_moe"` known to transformers. Calling it again changes nothing."""
+    """Make both names known to transformers' `experts_implementation`. Calling it again changes nothing."""
     ExpertsInterface.register(NAME, ffn_experts_forward)
+    ExpertsInterface.register(ffn_triton.NAME, ffn_triton.ffn_triton_forward)
 
 
-def explain_ffn_experts(experts: nn.Module, device: torch.device | str = "cpu") -> str:
-    """Say what computes a module of experts under the name of this package, and why.
+def explain_ffn_experts(experts: nn.Module, device: torch.device | str = "cpu", *, implementation: str = NAME) -> str:
+    """Say what computes a module of experts under a name of this package, and why.
 
     Args:
         experts (`nn.Module`): a module that takes part in transformers' experts interface.
         device (`torch.device` or `str`): where its inputs are.
+        implementation (`str`): `"peft_moe"`, or `"peft_moe_triton"`, which never hands on.
+
+    Raises:
+        `ValueError`: if the name is another one.
 
     Example:
 
@@ -67,6 +67,13 @@ def explain_ffn_experts(experts: nn.Module, device: torch.device | str = "cpu") 
     'peft_moe: expert after expert, on the CPU'
     ```
     """
+    if implementation == ffn_triton.NAME:
+        return ffn_triton.explanation(experts, torch.device(device))
+    if implementation != NAME:
+        raise ValueError(
+            f"explain_ffn_experts knows {NAME!r} and {ffn_triton.NAME!r}, but got implementation={implementation!r}. "
+            "Pass one of the two."
+        )
     reason = _reason_to_delegate(experts, torch.device(device))
     return f"{NAME}: expert after expert, on the CPU" if reason is None else f"{_stand_in(experts)}: {reason}"
 
@@ -86,22 +93,22 @@ def ffn_experts_forward(
     if _reason_to_delegate(self, hidden_states.device) is not None:
         stand_in = ALL_EXPERTS_FUNCTIONS[_stand_in(self)]
         return stand_in(self, hidden_states, top_k_index, top_k_weights)  # type: ignore[no-any-return]
-    linears, dtype = _linears_of(self, hidden_states.device)
-    activation: Activation = self._apply_gate if self.has_gate else self.act_fn  # type: ignore[assignment]
+    linears, dtype = linears_of(self, hidden_states.device)
+    activation = activation_of(self)
     hidden_states, in_dtype = hidden_states.to(dtype), hidden_states.dtype
     if hidden_states.shape[0] == 1 and not torch.is_grad_enabled():
         return _one_token(hidden_states, top_k_index[0].tolist(), top_k_weights[0], linears, activation).to(in_dtype)
     # experts of other processes are a further expert, whose rows come last and are left out
-    plan = DispatchPlan.from_index(top_k_index.long(), int(self.num_experts) + _has_sentinel(self))  # type: ignore[arg-type]
+    plan = DispatchPlan.from_index(top_k_index.long(), int(self.num_experts) + has_sentinel(self))  # type: ignore[arg-type]
     out: torch.Tensor = _FfnExperts.apply(  # type: ignore[no-untyped-call]
-        hidden_states, top_k_weights, *linears, plan, activation
+        hidden_states, top_k_weights, *linears, plan, activation, torch.is_grad_enabled()
     )
     return out.to(in_dtype)
 
 
 def _stand_in(experts: nn.Module) -> str:
     """`grouped_mm` demands that rows be multiples of 16 bytes."""
-    weights = [_stored(experts, name) for name in _weight_names(experts)]
+    weights = [stored(experts, name) for name in weight_names(experts)]
     is_even = all(size * weight.element_size() % 16 == 0 for weight in weights for size in weight.shape[1:])
     return "grouped_mm" if is_even else "batched_mm"
 
@@ -109,56 +116,11 @@ def _stand_in(experts: nn.Module) -> str:
 def _reason_to_delegate(experts: nn.Module, device: torch.device) -> str | None:
     if torch.compiler.is_compiling():
         return "the compiler cannot follow loops whose length depends on the routing"
+    if device.type == "cuda":
+        return f"its programs for CUDA were never measured; name {ffn_triton.NAME!r} to use them"
     if device.type != "cpu":
         return f"there is no kernel for {device.type!r}"
-    if getattr(experts, "has_post_expert_norm", False):
-        return "the experts have a norm after their second linear"
-    up, down = _weight_names(experts)
-    named = dict(experts.named_parameters())
-    others = sorted(set(named) - {up, down, f"{up}_bias", f"{down}_bias"} - _parametrized(named))
-    if others:
-        return f"the experts have parameters beside their two linears ({', '.join(others)})"
-    for name in (up, down):
-        weight = _stored(experts, name)
-        if isinstance(weight, DTensor) or not weight.is_floating_point():
-            return f"{name!r} is {type(weight).__name__} of {weight.dtype}"
-    return None
-
-
-def _has_sentinel(experts: nn.Module) -> bool:
-    return bool(getattr(experts, "_is_expert_parallel", False))
-
-
-def _stored(experts: nn.Module, name: str) -> torch.Tensor:
-    """What is behind an attribute: to read a parametrized one would compute it."""
-    parameter = experts._parameters.get(name)
-    if parameter is None and parametrize.is_parametrized(experts, name):
-        parameter = experts.get_parameter(f"parametrizations.{name}.original")
-    found: torch.Tensor = getattr(experts, name) if parameter is None else parameter
-    return found
-
-
-def _parametrized(names: Any) -> set[str]:
-    """What `torch.nn.utils.parametrize` (PEFT's `target_parameters`) keeps behind an attribute."""
-    return {name for name in names if name.startswith("parametrizations.")}
-
-
-def _weight_names(experts: nn.Module) -> tuple[str, str]:
-    return ("gate_up_proj" if experts.has_gate else "up_proj"), "down_proj"
-
-
-def _linears_of(experts: nn.Module, device: torch.device) -> tuple[Linears, torch.dtype]:
-    """The linears as they are, and the dtype to compute in: the wider one of both weights, or that of autocast."""
-    parts: dict[str, torch.Tensor | None] = {}
-    for name, weight_name in zip(("up", "down"), _weight_names(experts), strict=True):
-        weight = getattr(experts, weight_name)
-        parts[name] = weight if experts.is_transposed else weight.transpose(1, 2)
-        parts[f"{name}_bias"] = getattr(experts, f"{weight_name}_bias") if experts.has_bias else None
-    linears = Linears(**parts)  # type: ignore[arg-type]
-    dtype = torch.promote_types(linears.up.dtype, linears.down.dtype)
-    if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device.type)
-    return linears, dtype
+    return obstacle(experts)
 
 
 def _of_expert(linears: Linears, expert: int, dtype: torch.dtype) -> Linears:
@@ -209,9 +171,11 @@ class _FfnExperts(torch.autograd.Function):
         down_bias: torch.Tensor | None,
         plan: DispatchPlan,
         activation: Activation,
+        may_have_backward: bool,
     ) -> torch.Tensor:
         linears = Linears(up, up_bias, down, down_bias)
-        is_needed = any(ctx.needs_input_grad)
+        # needs_input_grad is true without gradients too, if only a parameter may have one
+        is_needed = may_have_backward and any(ctx.needs_input_grad)
         inner_NU = x_TD.new_empty(plan.num_tokens * plan.top_k, up.shape[2]) if is_needed else None
         weight_N = _per_row(weights_TK, plan)
         out_TD = torch.zeros_like(x_TD, dtype=_sum_dtype(x_TD.dtype))
@@ -230,14 +194,11 @@ class _FfnExperts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if torch.is_grad_enabled():
-            raise RuntimeError(
-                f"{NAME!r} experts have no second derivative, which create_graph=True asks for. Use "
-                "model.set_experts_implementation('grouped_mm')."
-            )
+            raise second_derivative_error(NAME)
         x_TD, weights_TK, inner_NU, *linears = ctx.saved_tensors
         with torch.autocast(grad_TD.device.type, enabled=False):
             grads = _backward(grad_TD, x_TD, weights_TK, inner_NU, Linears(*linears), ctx)
-        return (*grads, None, None)
+        return (*grads, None, None, None)
 
 
 def _backward(

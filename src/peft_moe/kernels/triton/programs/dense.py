@@ -1,7 +1,8 @@
 """The programs for a few narrow experts: all experts for all tokens, and nothing is sorted.
 
 *Columns* are the E·R ranks of all experts side by side, so that x is read once and y written once, whatever the routing;
-column c belongs to expert c // R. Where a token did not choose that expert, the column is left out of what follows.
+column c belongs to expert c // R. Where a token did not choose that expert, the column is left out of what follows, whatever
+its value; but a weight that is not finite reaches all tokens, not only those that chose its expert.
 """
 
 from __future__ import annotations
