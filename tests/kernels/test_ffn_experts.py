@@ -426,9 +426,9 @@ def test_the_triton_programs_run_where_triton_does(is_interpreted, device, where
     assert where in explain_ffn_experts(make("gated"), device, implementation="peft_moe_triton")
 
 
-@pytest.mark.skipif(ffn_triton.is_usable()[0], reason="Triton can run here")
-def test_the_name_is_known_to_transformers_and_says_what_is_missing():
+def test_the_name_is_known_to_transformers_and_says_what_is_missing(monkeypatch):
+    monkeypatch.setattr(ffn_triton, "is_usable", lambda: (False, "there is no CUDA device"))
     model = mixtral()
     model.set_experts_implementation("peft_moe_triton")
-    with pytest.raises(RuntimeError, match="'peft_moe_triton' cannot compute MixtralExperts: .*(triton|CUDA)"):
+    with pytest.raises(RuntimeError, match="'peft_moe_triton' cannot compute MixtralExperts: there is no CUDA"):
         model(torch.arange(8).view(1, 8))
