@@ -25,7 +25,8 @@ FAST := -m "not gpu and not slow" -n $(WORKERS) --dist loadfile --ignore=tests/c
 GPU_PYTHON ?= $(BIN)/python
 RESULTS ?= benchmarks/results
 GPU_TESTS = $(shell grep -rl --include='test_*.py' 'pytest.mark.gpu' tests)
-BENCH_GPU := PYTHONPATH=src $(OFFLINE) timeout 590 $(GPU_PYTHON)
+WITH_SOURCE := PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH}
+BENCH_GPU := $(WITH_SOURCE) $(OFFLINE) timeout 590 $(GPU_PYTHON)
 
 .DEFAULT_GOAL := help
 .PHONY: help install assets test-assets demo test test-all test-fast test-slow test-gpu test-floor conformance test-versions errors coverage bench bench-gpu bench-gpu-models docs quality style build clean
@@ -77,7 +78,7 @@ test-slow: test-assets  ## only the slow tests
 	@$(PYTEST) -m "slow and not gpu" -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-gpu: $(if $(findstring $(VENV),$(GPU_PYTHON)),$(INSTALLED))  ## the tests that need a CUDA device; no network
-	@PYTHONPATH=src $(OFFLINE) OMP_NUM_THREADS=1 $(GPU_PYTHON) -m pytest -o addopts=-ra $(GPU_TESTS) -m gpu $(PYTEST_ARGS)
+	@$(WITH_SOURCE) $(OFFLINE) OMP_NUM_THREADS=1 $(GPU_PYTHON) -m pytest -o addopts=-ra $(GPU_TESTS) -m gpu $(PYTEST_ARGS)
 
 test-floor:  ## the fast tests on the oldest supported versions, in .venv-floor/
 	@floors=$$($(PYTHON) tests/floors.py) && $(MAKE) --no-print-directory test-fast VENV=.venv-floor PINS="$$floors"
