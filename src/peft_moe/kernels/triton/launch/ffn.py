@@ -33,7 +33,7 @@ def product_tiles(is_short: bool, dtype: torch.dtype, weight_dtype: torch.dtype,
     Chosen so that no register spills on sm_80 to sm_100, which is tested, and not yet tuned on a device.
     """
     if dtype == torch.float32:
-        return Tiles(MIN_BLOCK if is_short else 32, 64, 8, 2), 32
+        return Tiles(MIN_BLOCK if is_short else 32, 64, 8, 2), 16
     depth = 64 if weight_dtype.itemsize == 2 else 32
     if is_short:
         return Tiles(MIN_BLOCK, 128, 4, 3), 2 * depth
