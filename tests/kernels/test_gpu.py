@@ -16,6 +16,7 @@ from test_conformance import LIMITS, gradients, relative_error
 
 from peft_moe.kernels import BACKENDS, Case, DispatchPlan, lora_experts
 from peft_moe.kernels.ffn_triton import ffn_triton_forward
+from peft_moe.kernels.triton.paths import path_of
 
 
 pytestmark = [
@@ -197,7 +198,8 @@ def test_triton_needs_no_buffer_of_the_size_of_all_rows(num_experts):
     tokens, rows = case.num_tokens, case.num_tokens * case.top_k
     outputs = tokens * (case.in_features + 2 * case.out_features) * 2  # dx, the output, and the gradient of base_out
     weights = sum(inputs[name].numel() for name in ("A", "B")) * (2 + 4 * 4)  # gradients, and their split sums
-    columns = rows if num_experts * case.rank > 128 * case.top_k else tokens * num_experts  # sorted, or dense
+    path = path_of(tokens, case.tokens_per_example, num_experts, case.top_k, case.rank)
+    columns = tokens * num_experts if path == "dense" else rows
     small = columns * case.rank * 2 * 4 + rows * 64
     assert peak <= 1.1 * (outputs + weights + small)
 
