@@ -129,8 +129,8 @@ def test_all_tokens_of_an_example_and_all_linears_of_a_layer_go_to_one_expert():
     model = build()
     for layer in layers_of(model).values():
         with layer.recorder.surround({"cluster_ids": IDS}):
-            routed = layer.route("default", torch.zeros(2, 9, layer.in_features), torch.zeros(0))[1]
-        index = routed.plan.top_k_index.view(2, 9, 2)
+            dispatch = layer.dispatch("default", torch.zeros(2, 9, layer.in_features), torch.zeros(0))[1]
+        index = dispatch.plan.top_k_index.view(2, 9, 2)
         assert (index == index[:, :1]).all()
         expected = layer.scopes["default"].gate_owner
         assert expected.name.startswith(layer.name.rpartition(".mlp.")[0])

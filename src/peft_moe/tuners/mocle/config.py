@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
-from ..experts_config import LoraExpertsConfig, choice_problems, count_problems, float32_problems, is_number
+from ..lora_config import LoraExpertsConfig, choice_problems, count_problems, float32_problems, is_number
 from .cluster_file import checksum
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from ...routing import ClusterCentroids, ClusterEmbedding, ClusterRouter
 from ...routing_recorder import RoutingRecorder
 from ..base import refuse_reentrant_checkpointing_under_ddp, refuse_replica
-from ..experts_layer import LoraExpertsLayer, Routed
+from ..lora_layer import Dispatch, LoraExpertsLayer
 from .clusters import ClusterLookup
 from .config import MoCLEConfig
 from .scope import GateScope
@@ -89,16 +89,15 @@ class MoCLELayer(LoraExpertsLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def route(
+    def dispatch(
         self, adapter_name: str, x: torch.Tensor, hidden_states: torch.Tensor
-    ) -> tuple[torch.Tensor, Routed | None]:
+    ) -> tuple[torch.Tensor, Dispatch | None]:
         """Ask the gate, or take over what it decided for another linear of the same layer."""
         refuse_replica(self)
         if self.training and not torch.compiler.is_compiling():
             is_shared = self.scopes[adapter_name].lookup.config.cluster_embedding_scope == "model"
             refuse_reentrant_checkpointing_under_ddp(self.recorder, shares_parameters=is_shared)
-        routed = self.scopes[adapter_name].route(self.name, x.shape[:-1], self.recorder, x.device)
-        return hidden_states, routed
+        return hidden_states, self.scopes[adapter_name].dispatch(self.name, x.shape[:-1], self.recorder, x.device)
 
     def check_mergeable(self, adapter_name: str) -> torch.Tensor:
         """Raise `ValueError`: each cluster would need another weight."""

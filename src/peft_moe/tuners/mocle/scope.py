@@ -10,7 +10,7 @@ from torch import nn
 from ...kernels import DispatchPlan
 from ...routing import ClusterRouter, RouterOutput
 from ...routing_recorder import RoutingRecorder
-from ..experts_layer import Routed
+from ..lora_layer import Dispatch
 from ..structure import is_gathered_when_called, is_sharded
 from .clusters import BatchClusters, ClusterLookup
 
@@ -26,9 +26,9 @@ class Decision:
         self.output = output
         self.clusters = clusters
         self.num_stacked = num_stacked
-        self._routed: dict[tuple[int, int], Routed] = {}
+        self._routed: dict[tuple[int, int], Dispatch] = {}
 
-    def routed(self, shape: torch.Size, batch_shape: torch.Size | None, module_name: str) -> Routed:
+    def routed(self, shape: torch.Size, batch_shape: torch.Size | None, module_name: str) -> Dispatch:
         """For a layer's input of this shape, without its last axis; see [`BatchClusters.rows`]."""
         segments = self.clusters.segments
         key = (shape.numel(), 0) if segments is not None else self.clusters.rows(shape, batch_shape, module_name)
@@ -36,7 +36,7 @@ class Decision:
             self._routed[key] = self._by_token(key[0]) if segments is not None else self._by_example(*key)
         return self._routed[key]
 
-    def _by_example(self, num_examples: int, tokens_per_example: int) -> Routed:
+    def _by_example(self, num_examples: int, tokens_per_example: int) -> Dispatch:
         index, weights = self.output.top_k_index, self.output.top_k_weights
         copies = num_examples // index.shape[0]
         if copies != 1:
@@ -44,9 +44,11 @@ class Decision:
             weights = None if weights is None else weights.repeat_interleave(copies, dim=0)
         if tokens_per_example == 0:
             index, weights, tokens_per_example = index[:0], None if weights is None else weights[:0], 1
-        return Routed(DispatchPlan.from_index(index, self.num_stacked, tokens_per_example=tokens_per_example), weights)
+        return Dispatch(
+            DispatchPlan.from_index(index, self.num_stacked, tokens_per_example=tokens_per_example), weights
+        )
 
-    def _by_token(self, num_tokens: int) -> Routed:
+    def _by_token(self, num_tokens: int) -> Dispatch:
         segments = self.clusters.segments
         assert segments is not None
         if segments.shape[0] != num_tokens:
@@ -57,7 +59,7 @@ class Decision:
         index, weights = self.output.top_k_index, self.output.top_k_weights
         segments = segments.to(index.device)
         plan = DispatchPlan.from_index(index.index_select(0, segments), self.num_stacked)
-        return Routed(plan, None if weights is None else weights.index_select(0, segments))
+        return Dispatch(plan, None if weights is None else weights.index_select(0, segments))
 
 
 class GateScope:
@@ -101,7 +103,7 @@ class GateScope:
         gate: ClusterRouter = self.gate_owner.mocle_gate[self.adapter_name]
         return gate
 
-    def route(self, member: str, shape: torch.Size, recorder: RoutingRecorder, device: torch.device) -> Routed:
+    def dispatch(self, member: str, shape: torch.Size, recorder: RoutingRecorder, device: torch.device) -> Dispatch:
         """What `member` has to do with an input of this shape (without its last axis) on `device`."""
         clusters = self.lookup.of_running_pass(recorder)
         decision = self._decision
