@@ -14,7 +14,7 @@ from test_mocle_formula import layers_of
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, pipeline
 
 from peft_moe import InstructionClusterer, MoCLEConfig, attach_encoder
-from peft_moe.tuners.mocle.sentence_encoder import SentenceEncoder
+from peft_moe.tuners.mocle.encoder import SentenceEncoder
 from tiny_models import tiny_llama
 
 

@@ -14,7 +14,7 @@ import torch
 from .cluster_file import checksum, download
 from .clustering import InstructionClusterer
 from .config import MoCLEConfig
-from .sentence_encoder import SentenceEncoder
+from .encoder import SentenceEncoder
 
 
 FORMAT_VERSION = 1

@@ -14,7 +14,7 @@ from .clusters import ClusterLookup
 from .instructions import PromptReader
 from .kmeans import nearest_centroid
 from .layer import lookups_of
-from .sentence_encoder import SentenceEncoder
+from .encoder import SentenceEncoder
 
 
 MAX_REMEMBERED = 100_000

@@ -20,7 +20,7 @@ from .cluster_texts import (
     read_instructions,
 )
 from .kmeans import DistinctTexts, check_enough, nearest_centroid, run_kmeans
-from .sentence_encoder import DEFAULT_ENCODER, SentenceEncoder
+from .encoder import DEFAULT_ENCODER, SentenceEncoder
 
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .cluster_texts import PLACE_OF_INSTRUCTION
-from .sentence_encoder import SentenceEncoder
+from .encoder import SentenceEncoder
 
 
 KMEANS_MAX_TEXTS = 50_000

@@ -12,7 +12,7 @@ import torch
 from .cluster_report import ClusterCandidate, ClusterChoice
 from .cluster_texts import PLACE_OF_INSTRUCTION, Texts, check_count, check_texts_settings, read_instructions
 from .kmeans import DistinctTexts, nearest_centroid, run_kmeans
-from .sentence_encoder import DEFAULT_ENCODER, SentenceEncoder
+from .encoder import DEFAULT_ENCODER, SentenceEncoder
 
 
 if TYPE_CHECKING:
