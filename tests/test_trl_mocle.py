@@ -48,11 +48,11 @@ def build():
 
 def attach_to(model) -> list[str]:
     """Attach the encoder; returns the texts that it will have encoded."""
-    from peft_moe.tuners.mocle import attach
+    from peft_moe.tuners.mocle.encoder import SentenceEncoder
 
     encoded = []
 
-    class Encoder(WordEncoder, attach.SentenceEncoder):
+    class Encoder(WordEncoder, SentenceEncoder):
         def __init__(self):
             pass
 

@@ -12,7 +12,7 @@ from torch import nn
 from ...routing import ClusterCentroids
 from .clusters import ClusterLookup
 from .instructions import PromptReader
-from .kmeans import nearest_centroid
+from .clustering import nearest_centroid
 from .layer import lookups_of
 from .encoder import SentenceEncoder
 

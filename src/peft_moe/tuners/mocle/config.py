@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
 from ..experts_config import LoraExpertsConfig, choice_problems, count_problems, float32_problems, is_number
-from .cluster_file import checksum
-
-
-if TYPE_CHECKING:
-    from .clustering import InstructionClusterer
+from .clustering import InstructionClusterer, checksum
 
 
 SCOPES = ("model", "layer", "module")

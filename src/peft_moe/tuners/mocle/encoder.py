@@ -93,7 +93,8 @@ class SentenceEncoder:
         return self._model
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_model": None}
+        # without what the first use adds: datasets recognises a finished map by the pickle of its function
+        return {name: value for name, value in self.__dict__.items() if name != "embedding_dim"} | {"_model": None}
 
     def __repr__(self) -> str:
         return f"SentenceEncoder({self.name_or_path!r})"

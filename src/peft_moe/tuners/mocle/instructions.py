@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 
 
 PLACEHOLDER = re.compile(r"<\|?(?:image|video|audio)(?:[_ -]?\d+)?\|?>")
+PLACE_OF_INSTRUCTION = "{}"
 USER_ROLES = ("user", "human")
 IGNORED_LABEL = -100
 SYSTEM, USER, ANSWER = "generalbehaviour", "firstquestion", "firstanswer"
@@ -21,6 +22,8 @@ WAYS_OUT = (
     r"Give instruction_pattern, a regular expression with one group around the instruction, such as "
     r"r'USER: (.*?) ASSISTANT:', or r'(.*)' for everything; or pass cluster_ids."
 )
+
+Texts = Iterable[str | Sequence[Mapping[str, Any]]]
 
 
 def instruction_text(
@@ -78,6 +81,44 @@ def instruction_text(
             "example without an instruction has no cluster; leave it out."
         )
     return clean
+
+
+def read_instructions(texts: Any, instruction_pattern: str | None, *, rows: Sequence[int] | None = None) -> list[str]:
+    """The instruction of each text or chat.
+
+    Args:
+        texts (`Iterable`): N texts or chats, see [`instruction_text`].
+        instruction_pattern (`str`, *optional*): see [`instruction_text`].
+        rows (`Sequence[int]`, *optional*): the indices by which errors name the texts.
+
+    Raises:
+        ValueError: there are none, one has no instruction, or this is a single text or a data set.
+    """
+    is_single = isinstance(texts, str | bytes | Mapping) or not isinstance(texts, Iterable)
+    if is_single or hasattr(texts, "column_names"):
+        raise ValueError(
+            f"A list of texts or chats is needed, but this is a {type(texts).__name__}. Put a single one into a list; "
+            "of a data set, give a column: dataset['prompt']."
+        )
+    instructions = []
+    for index, text in enumerate(texts):
+        try:
+            instructions.append(instruction_text(text, instruction_pattern=instruction_pattern))
+        except ValueError as error:
+            raise ValueError(f"Text {index if rows is None else rows[index]}: {error}") from error
+    if not instructions:
+        raise ValueError("There are no texts to cluster.")
+    return instructions
+
+
+def check_text_settings(template: str, instruction_pattern: str | None) -> None:
+    """Raise `ValueError` unless the template has one place for the instruction, and the pattern one group."""
+    if template.count(PLACE_OF_INSTRUCTION) != 1:
+        raise ValueError(
+            f"template has to be a text with exactly one {PLACE_OF_INSTRUCTION!r}, where the instruction goes, but is "
+            f"{template!r}."
+        )
+    compile_instruction_pattern(instruction_pattern)
 
 
 def compile_instruction_pattern(pattern: str | re.Pattern[str] | None) -> re.Pattern[str] | None:

@@ -13,7 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ...pretrained_moe import base_of
 from ..experts_model import LoraExpertsModel
 from ..structure import ATTENTION_BLOCKS, MLP_BLOCKS, find_blocks, text_linear_names
-from .cluster_file import checksum
+from .clustering import checksum
 from .clusters import ClusterFinder, ClusterLookup
 from .config import MoCLEConfig
 from .entrance import close_entrance, open_entrance
