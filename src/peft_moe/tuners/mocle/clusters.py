@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...recording import CACHE_NOTES, ForwardPass, RoutingRecorder
+from ...forward_context import CACHE_NOTES, ForwardContext, ForwardPass
 from ...routing import ClusterCentroids
+from ...routing_recorder import RoutingRecorder
 from .config import MoCLEConfig
 
 
@@ -133,22 +134,21 @@ class ClusterLookup:
                 "model was called, and not the model itself. Call the model, or pass fallback='universal' in the "
                 "configuration."
             )
-        if forward_pass is recorder.current and forward_pass.has_gradient:
-            forward_pass.is_awaited = True
+        forward_pass.keep_for_backward()
         if not self._has_checked_centroids and not torch.compiler.is_compiling():
             self.check_centroids()
             self._has_checked_centroids = True
         holder = self._holder(forward_pass)
-        if self not in holder.derived:
-            holder.derived[self] = self._find(holder.inputs)
-        clusters: BatchClusters = holder.derived[self]
-        forward_pass.derived[self] = clusters
+        if self not in holder.state:
+            holder.state[self] = self._find(holder.inputs)
+        clusters: BatchClusters = holder.state[self]
+        forward_pass.state[self] = clusters
         return clusters
 
     def _holder(self, forward_pass: ForwardPass) -> ForwardPass:
         """What the clusters belong to: the pass, or the whole generation that it is a step of."""
         surrounding = forward_pass.surrounding
-        if surrounding is None or self in forward_pass.derived:
+        if surrounding is None or self in forward_pass.state:
             return forward_pass
         is_its_own = forward_pass.inputs.get(CLUSTER_IDS) is not surrounding.inputs.get(CLUSTER_IDS)
         return forward_pass if is_its_own else surrounding
@@ -243,13 +243,13 @@ def _segments(ids: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor | None:
     return segments.clamp(max=num_examples - 1).to(ids.device)
 
 
-def remember_clusters(recorder: RoutingRecorder, forward_pass: ForwardPass, output: Any) -> Any:
+def remember_clusters(context: ForwardContext, forward_pass: ForwardPass, output: Any) -> Any:
     """Output hook: leave the clusters of a prompt on its key-value cache, for decoding loops that pass nothing else."""
     cache = getattr(output, "past_key_values", None)
     if cache is not None and hasattr(cache, "__dict__") and not torch.compiler.is_compiling():
         notes = {
             (CLUSTER_IDS, key.adapter_name): value.expandable()
-            for key, value in forward_pass.derived.items()
+            for key, value in forward_pass.state.items()
             if isinstance(key, ClusterLookup) and value.segments is None
         }
         setattr(cache, CACHE_NOTES, {**getattr(cache, CACHE_NOTES, {}), **notes})

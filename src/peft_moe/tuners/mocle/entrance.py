@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...recording import RoutingRecorder, cache_state, get_recorder
+from ...forward_context import cache_state
+from ...routing_recorder import RoutingRecorder, get_recorder
 from .clusters import CLUSTER_IDS, GENERATION_PROMPT, remember_clusters
 
 
@@ -24,9 +25,9 @@ def open_entrance(base_model: nn.Module, recorder: RoutingRecorder) -> None:
     names them, for `Trainer` drops the columns of a dataset that it does not find there. Pickle keeps no method of an
     instance: a whole model that went through `torch.save` takes `cluster_ids` in its call, but not in `generate`.
     """
-    recorder.router_inputs.add(CLUSTER_IDS)
-    if remember_clusters not in recorder.output_hooks:
-        recorder.output_hooks.append(remember_clusters)
+    recorder.context.extra_inputs.add(CLUSTER_IDS)
+    if remember_clusters not in recorder.context.output_hooks:
+        recorder.context.output_hooks.append(remember_clusters)
     for name in _METHODS:
         if hasattr(base_model, name) and not _is_ours(base_model, name) and not _is_ours(base_model, f"_old_{name}"):
             # a method of the instance, and none that holds the instance: copies of the model must call themselves
@@ -36,9 +37,9 @@ def open_entrance(base_model: nn.Module, recorder: RoutingRecorder) -> None:
 
 def close_entrance(base_model: nn.Module, recorder: RoutingRecorder) -> None:
     """Undo [`open_entrance`]. Where accelerate has put a hook around our method it stays, and only passes on."""
-    recorder.router_inputs.discard(CLUSTER_IDS)
-    if remember_clusters in recorder.output_hooks:
-        recorder.output_hooks.remove(remember_clusters)
+    recorder.context.extra_inputs.discard(CLUSTER_IDS)
+    if remember_clusters in recorder.context.output_hooks:
+        recorder.context.output_hooks.remove(remember_clusters)
     for name in _METHODS:
         if _is_ours(base_model, f"_old_{name}"):
             continue
