@@ -1,9 +1,9 @@
 """MoCLE: the cluster of an instruction chooses the LoRA expert, after Mixture of Cluster-conditional LoRA Experts."""
 
-from .attach import attach_encoder
 from .clustering import InstructionClusterer, choose_num_clusters
-from .collator import ClusterIdsCollator
+from .clusters import ClusterIdsCollator
 from .config import MoCLEConfig
+from .entrance import attach_encoder
 from .export import ClusterAdapterRouter, export_all, export_cluster_lora
 from .layer import MoCLELayer
 from .model import MoCLEModel

@@ -290,8 +290,7 @@ class _Adapter:
             scope = layer.scopes[self.name]
             if scope.name in by_scope:
                 continue
-            assert scope.embedding_owner is not None
-            for module in (scope.gate, scope.embedding_owner.mocle_embedding[self.name]):
+            for module in (scope.gate, scope.embedding):
                 _check_whole(module.weight, f"gate of '{scope.name}'")
             was_training = scope.gate.training
             scope.gate.eval()  # no noise

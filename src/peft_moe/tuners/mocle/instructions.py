@@ -115,8 +115,8 @@ def check_text_settings(template: str, instruction_pattern: str | None) -> None:
     """Raise `ValueError` unless the template has one place for the instruction, and the pattern one group."""
     if template.count(PLACE_OF_INSTRUCTION) != 1:
         raise ValueError(
-            f"template has to be a text with exactly one {PLACE_OF_INSTRUCTION!r}, where the instruction goes, but is "
-            f"{template!r}."
+            f"The template of instructions has to contain {PLACE_OF_INSTRUCTION!r} exactly once, where the instruction "
+            f"goes, but is {template!r}."
         )
     compile_instruction_pattern(instruction_pattern)
 
