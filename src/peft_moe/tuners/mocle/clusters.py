@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from ...forward_context import CACHE_NOTES, ForwardContext, ForwardPass
+from ...forward_context import ForwardContext, ForwardPass
 from ...routing import ClusterCentroids
+from ...sequence_state import sequence_state
 from .config import MoCLEConfig
 
 
@@ -72,10 +73,6 @@ class BatchClusters:
             "per packed example, together with position_ids that start again at 0. A layer that sees other inputs than "
             "the examples cannot be routed: exclude it with exclude_modules."
         )
-
-    def expandable(self) -> BatchClusters:
-        """The same for passes whose batch may be a multiple."""
-        return self if self.is_expandable else BatchClusters(self.ids, is_expandable=True)
 
 
 class ClusterLookup:
@@ -140,12 +137,13 @@ class ClusterLookup:
     def _find(self, inputs: dict[str, Any]) -> BatchClusters:
         ids = inputs.get(CLUSTER_IDS)
         if ids is None:
-            remembered: BatchClusters | None = inputs.get("cache_notes", {}).get((CLUSTER_IDS, self.adapter_name))
+            state = inputs.get("sequence_state")
+            remembered = None if state is None else state.get((CLUSTER_IDS, self.adapter_name))
             prompt = _prompt(inputs)
             if self.finder is not None and prompt is not None:
                 ids = self.finder(prompt)
             elif remembered is not None:
-                return remembered
+                return BatchClusters(remembered, is_expandable=True)
         if ids is None:
             if self.config.fallback == "universal":
                 return BatchClusters(None)
@@ -230,13 +228,18 @@ def _segments(ids: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor | None:
 def remember_clusters(context: ForwardContext, forward_pass: ForwardPass, output: Any) -> Any:
     """Output hook: leave the clusters of a prompt on its key-value cache, for decoding loops that pass nothing else."""
     cache = getattr(output, "past_key_values", None)
-    if cache is not None and hasattr(cache, "__dict__") and not torch.compiler.is_compiling():
-        notes = {
-            (CLUSTER_IDS, key.adapter_name): value.expandable()
-            for key, value in forward_pass.state.items()
-            if isinstance(key, ClusterLookup) and value.segments is None
-        }
-        setattr(cache, CACHE_NOTES, {**getattr(cache, CACHE_NOTES, {}), **notes})
+    if cache is None or torch.compiler.is_compiling():
+        return output
+    for key, clusters in forward_pass.state.items():
+        if not isinstance(key, ClusterLookup) or clusters.ids is None or clusters.segments is not None:
+            continue
+        state = sequence_state(cache, create=True)
+        if state is not None:
+            # beams of an example stand side by side in the cache
+            batch = forward_pass.inputs.get("batch_shape", clusters.ids.shape)[0]
+            repeats = max(1, batch // clusters.ids.shape[0])
+            ids = clusters.ids if repeats == 1 else clusters.ids.repeat_interleave(repeats)
+            state.keep((CLUSTER_IDS, key.adapter_name), ids)
     return output
 
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...forward_context import cache_state
 from ...routing_recorder import RoutingRecorder, get_recorder
+from ...sequence_state import of_continued_cache
 from .clusters import CLUSTER_IDS, GENERATION_PROMPT, ClusterLookup, remember_clusters
 from .clustering import as_encoder, nearest_centroid
 from .encoder import SentenceEncoder
@@ -109,8 +109,8 @@ def _generate_method(model: nn.Module) -> Any:
         prompt = {name: given.get(name) for name in ("input_ids", "attention_mask", "inputs_embeds")}
         if prompt["input_ids"] is None and getattr(given.get("inputs"), "dtype", None) in (torch.int64, torch.int32):
             prompt["input_ids"] = given["inputs"]
-        notes = cache_state(given.get("past_key_values")).get("cache_notes", {})
-        with recorder.surround({CLUSTER_IDS: cluster_ids, GENERATION_PROMPT: prompt, "cache_notes": notes}):
+        continued = of_continued_cache(given.get("past_key_values"))
+        with recorder.surround({CLUSTER_IDS: cluster_ids, GENERATION_PROMPT: prompt, **continued}):
             return _call_inner(self, "generate", *args, **kwargs)
 
     setattr(generate, _MARK, True)
