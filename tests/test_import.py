@@ -19,7 +19,8 @@ HEAVY = ["triton", "sklearn", "datasets", "matplotlib", "sentence_transformers",
 
 # lower floors know nothing of higher ones; parts on the same floor do not know each other
 LADDER = [
-    ["_version", "versions", "routing", "kernels", "forward_context"],
+    ["_version", "versions", "routing", "kernels", "sequence_state"],
+    ["forward_context"],
     ["routing_recorder"],
     ["aux_loss", "pretrained_moe"],
     ["tuners", "models"],

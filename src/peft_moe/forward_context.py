@@ -21,6 +21,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from .sequence_state import of_continued_cache
+
 
 T = TypeVar("T")
 OutputHook = Callable[["ForwardContext", "ForwardPass", Any], Any]
@@ -35,9 +37,6 @@ _INPUT_NAMES = (
     "position_ids",
 )
 
-CACHE_NOTES = "_peft_moe_notes"
-"""attribute of a key-value cache: what tuners want to know again when a later pass continues it"""
-
 
 class ForwardPass:
     """One call of the base model: its inputs that matter here, and what each owner keeps of it.
@@ -45,7 +44,8 @@ class ForwardPass:
     Holds no tensor with a graph, so that the graph may hold it.
 
     Args:
-        inputs (`dict[str, Any]`): arguments of the call, by name, and `batch_shape`, examples and tokens of the call.
+        inputs (`dict[str, Any]`): arguments of the call, by name; `batch_shape`, examples and tokens of the call; and
+            what [`of_continued_cache`] says of its key-value cache.
         has_gradient (`bool`): whether gradients were enabled when it began.
     """
 
@@ -238,20 +238,11 @@ class _BeginPass:
                 break
         extra = {name: kwargs[name] for name in self.context.extra_inputs if name in kwargs}
         if not extra and self.context.surrounding is None:
-            inputs |= cache_state(given("past_key_values"))
+            inputs |= of_continued_cache(given("past_key_values"))
         self.context.begin({**inputs, **{n: v for n, v in extra.items() if v is not None}}, depth=self.depth)
         if not extra:
             return None
         return args, {name: value for name, value in kwargs.items() if name not in extra}
-
-
-def cache_state(cache: Any) -> dict[str, Any]:
-    """What a pass, or a generation, has to know of the cache that it continues; nothing where there is no cache."""
-    if not hasattr(cache, "get_seq_length"):
-        return {}
-    num_cached_tokens = int(cache.get_seq_length())
-    notes = getattr(cache, CACHE_NOTES, {}) if num_cached_tokens else {}
-    return {"num_cached_tokens": num_cached_tokens, "cache_notes": notes}
 
 
 class _EndPass:

@@ -83,8 +83,8 @@ def _check_alike(routers: list[tuple[str, str, int]], device: torch.device) -> N
     if largest != -negated_smallest:
         raise RuntimeError(
             "router_aux_loss_scope='global' adds up what the routers of all processes decided, but in this forward "
-            f"pass the processes ran different routers; this one ran {len(routers)}. A model that drops layers at random "
-            "(LayerDrop), or runs modules only for some inputs, does so: switch that off, or use "
+            f"pass the processes ran different routers; this one ran {len(routers)}. A model that drops layers at "
+            "random (LayerDrop), or runs modules only for some inputs, does so: switch that off, or use "
             "router_aux_loss_scope='process'."
         )
 

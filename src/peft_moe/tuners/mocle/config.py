@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
 from ..config import Count, Float32, NotNegative, Positive, Share
 from ..lora_config import LoraExpertsConfig
-from .cluster_file import checksum
-
-
-if TYPE_CHECKING:
-    from .clustering import InstructionClusterer
+from .clustering import InstructionClusterer, checksum
+from .instructions import check_text_settings
 
 
 @dataclass
@@ -174,11 +171,10 @@ class MoCLEConfig(LoraExpertsConfig):
             )
         if self.fallback == "universal" and not self.universal_expert:
             problems.append("fallback='universal' needs universal_expert=True. Set it, or use fallback='error'.")
-        if not isinstance(self.instruction_template, str) or self.instruction_template.count("{}") != 1:
-            problems.append(
-                f"instruction_template must contain '{{}}' once, where the instruction goes, but is "
-                f"{self.instruction_template!r}."
-            )
+        try:
+            check_text_settings(self.instruction_template, self.instruction_pattern)
+        except ValueError as error:
+            problems.append(str(error))
         return problems
 
     @property
