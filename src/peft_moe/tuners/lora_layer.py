@@ -64,7 +64,7 @@ class LoraExpertsLayer(nn.Module, BaseTunerLayer):
     """
 
     prefix: str
-    """what the names of the parameter containers begin with, that of the tuner"""
+    """what the names of the containers begin with that a subclass makes: `<prefix>A`, `<prefix>B` and `<prefix>dropout`"""
 
     def __init__(self, base_layer: nn.Module, name: str, recorder: RoutingRecorder) -> None:
         super().__init__()
@@ -77,8 +77,6 @@ class LoraExpertsLayer(nn.Module, BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         self.num_experts: dict[str, int] = {}
         self.backend: dict[str, str] = {}
-        for part in ("A", "B", "dropout"):
-            setattr(self, self.prefix + part, nn.ModuleDict())
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         base = self.get_base_layer()

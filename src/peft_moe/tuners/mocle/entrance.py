@@ -19,8 +19,8 @@ from torch import nn
 
 from ...routing_recorder import RoutingRecorder, get_recorder
 from ...sequence_state import of_continued_cache
-from .clusters import CLUSTER_IDS, GENERATION_PROMPT, ClusterLookup, remember_clusters
 from .clustering import as_encoder, nearest_centroid
+from .clusters import CLUSTER_IDS, GENERATION_PROMPT, ClusterLookup, remember_clusters
 from .encoder import SentenceEncoder
 from .instructions import PromptReader
 from .layer import lookups_of
