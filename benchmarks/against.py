@@ -26,6 +26,7 @@ from timing import clock_of
 
 HERE = Path(__file__).resolve().parent
 
+
 class Side:
     """One version of the package, in a process of its own."""
 
