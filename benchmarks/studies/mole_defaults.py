@@ -1,12 +1,12 @@
 """Measures what `MoLEConfig` should default to: gates, top-k, balance, router initialisation and learning rate.
 
-    OMP_NUM_THREADS=1 python benchmarks/mole_defaults.py --minutes 75
+    OMP_NUM_THREADS=1 python benchmarks/studies/mole_defaults.py --minutes 75
 
 A small Llama is pretrained in the run on the bare texts of four real instruction domains, frozen, and fine-tuned on their
 mix with every arm: plain LoRA at the same active rank and with the same parameters, one LoRA per domain, and variants of
 MoLE. Each arm chooses its learning rate on validation rows with seed 0, then all seeds are scored on test rows. Results go
 to `benchmarks/results/mole_defaults.json` after every run, so an interrupted or shortened measurement is still readable;
-`--report` prints the tables of a finished file. What the numbers mean is in `docs/log.md`.
+`--report` prints the tables of a finished file. What the numbers mean is in `log.md`.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import peft_moe
 
 
-DATA = Path(__file__).parent.parent / "examples" / "data" / "domains"
-RESULTS = Path(__file__).parent / "results"
+DATA = Path(__file__).parents[2] / "examples" / "data" / "domains"
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -332,7 +332,7 @@ def main() -> None:
         arm.name: sum(p.numel() for p in build(base, arm, 0).parameters() if p.requires_grad) for arm in ARMS
     }
     result: dict[str, Any] = {
-        "commands": [" ".join(["python benchmarks/mole_defaults.py", *map(str, sys.argv[1:])])],
+        "commands": [" ".join(["python benchmarks/studies/mole_defaults.py", *map(str, sys.argv[1:])])],
         "hardware": f"CPU only, 1 thread, {processor()}",
         "versions": {
             "python": platform.python_version(),
