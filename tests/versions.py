@@ -1,9 +1,10 @@
 """Runs `make test-fast` or another target on other versions: `make test-fast VERSIONS="floor newest registration"`.
 
-floor: the oldest supported versions, on Python 3.10. newest: what PyPI has today, on Python 3.13; before a release, run all
-tests there by `make test-all VERSIONS=newest`. registration: on every Python from 3.10 to 3.13, only the tests of importing
-and registering, with the pinned versions (torch may be newer, where the pinned one has no build). Where that Python is
-missing, floor and newest take the one that runs this. Environments are made in `.venv-<name>/` and are kept.
+floor: the oldest supported versions, on Python 3.10. newest: what PyPI has today, on Python 3.13; before a release,
+run all tests there by `make test-all VERSIONS=newest`. registration: on every Python from 3.10 to 3.13, only the tests
+of importing and registering, with the pinned versions (torch may be newer, where the pinned one has no build). Where
+that Python is missing, floor and newest take the one that runs this. Environments are made in `.venv-<name>/` and are
+kept.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
-# lists in setup.py whose lower bounds are the floor. torchao names no version of torch, so that pip would take the newest,
-# which cannot be imported with the oldest torch
+# lists in setup.py whose lower bounds are the floor. torchao names no version of torch, so that pip would take the
+# newest, which cannot be imported with the oldest torch
 FLOORS = {"REQUIRED": r"^REQUIRED = \[(.*?)^\]", "EXTRAS['quantization']": r'^    "quantization": \[(.*?)\]'}
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "trl")
 REPORT = """

@@ -2,11 +2,11 @@
 
     OMP_NUM_THREADS=1 python benchmarks/studies/mole_defaults.py --minutes 75
 
-A small Llama is pretrained in the run on the bare texts of four real instruction domains, frozen, and fine-tuned on their
-mix with every arm: plain LoRA at the same active rank and with the same parameters, one LoRA per domain, and variants of
-MoLE. Each arm chooses its learning rate on validation rows with seed 0, then all seeds are scored on test rows. Results go
-to `benchmarks/results/mole_defaults.json` after every run, so an interrupted or shortened measurement is still readable;
-`--report` prints the tables of a finished file. What the numbers mean is in `log.md`.
+A small Llama is pretrained in the run on the bare texts of four real instruction domains, frozen, and fine-tuned on
+their mix with every arm: plain LoRA at the same active rank and with the same parameters, one LoRA per domain, and
+variants of MoLE. Each arm chooses its learning rate on validation rows with seed 0, then all seeds are scored on test
+rows. Results go to `benchmarks/results/mole_defaults.json` after every run, so an interrupted or shortened measurement
+is still readable; `--report` prints the tables of a finished file. What the numbers mean is in `log.md`.
 """
 
 from __future__ import annotations
@@ -168,7 +168,8 @@ class Bench:
         self.result["runs"].append(run)
         self.path.write_text(json.dumps(self.result, indent=1))
         say(
-            f"{arm.name:<30} lr {lr:<6g} seed {seed} {run['seconds']:>6.1f} s  validation {macro(run, 'validation'):.4f}"
+            f"{arm.name:<30} lr {lr:<6g} seed {seed} {run['seconds']:>6.1f} s  "
+            f"validation {macro(run, 'validation'):.4f}"
         )
         return run
 
@@ -360,7 +361,8 @@ def main() -> None:
         "runs": [],
     }
     say(
-        f"pretrained in {result['pretraining_seconds']} s; MoLE with one expert against peft: {result['same_as_peft_lora']}"
+        f"pretrained in {result['pretraining_seconds']} s; "
+        f"MoLE with one expert against peft: {result['same_as_peft_lora']}"
     )
     path.parent.mkdir(exist_ok=True)
     if arguments.resume:

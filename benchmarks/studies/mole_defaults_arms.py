@@ -31,8 +31,8 @@ class Sizes:
     seeds: int = 5
 
 
-QUICK = Sizes(vocab=512, hidden=32, intermediate=64, layers=2, pretrain_steps=20, steps=5, validation_rows=8, test_rows=8,
-              learning_rates=(1e-2,), seeds=3)  # fmt: skip
+QUICK = Sizes(vocab=512, hidden=32, intermediate=64, layers=2, pretrain_steps=20, steps=5, validation_rows=8,
+              test_rows=8, learning_rates=(1e-2,), seeds=3)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -63,8 +63,8 @@ def _print_tables(result: dict[str, Any], which: str) -> None:
         total, interval = mean_and_interval([macro(run) for run in runs.values()])
         cells = [mean_and_interval([run["test"][domain] for run in runs.values()]) for domain in domains]
         print(
-            f"| {arm} | {about['trainable_parameters']} | {about['active_rank']} | {result[which][arm]:g} | {len(runs)} "
-            f"| {total:.3f} ± {interval:.3f} | "
+            f"| {arm} | {about['trainable_parameters']} | {about['active_rank']} | {result[which][arm]:g} | "
+            f"{len(runs)} | {total:.3f} ± {interval:.3f} | "
             + " | ".join(f"{mean:.3f} ± {half:.3f}" for mean, half in cells)
             + f" | {_routing(runs, 'mutual_information_bits')} | {_routing(runs, 'load_entropy_bits')} |"
         )

@@ -45,7 +45,7 @@ class ExpertCounts:
 
 
 def specialisation(counts: dict[str, torch.Tensor]) -> dict[str, list[float]]:
-    """Mutual information of expert and domain (each domain weighs the same) and entropy of the load, bits per router."""
+    """Mutual information of expert and domain (domains weigh the same) and entropy of the load, bits per router."""
     information, entropies = [], []
     for table in counts.values():
         given = table / table.sum(dim=1, keepdim=True)

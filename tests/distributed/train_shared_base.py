@@ -1,4 +1,4 @@
-"""Run by torchrun: adapters on a base model that transformers shares out while it loads; every rank writes a report."""
+"""Run by torchrun: adapters on a base model that transformers shares out while it loads; each rank writes a report."""
 
 from __future__ import annotations
 

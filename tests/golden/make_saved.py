@@ -1,7 +1,8 @@
-"""Writes `saved/`: adapters, a MoeLlava and a clusterer, each with an input and the logits that it gave when it was saved.
+"""Writes `saved/`: adapters and MoeLlavas, each with an input and the logits that it gave then, and a clusterer.
 
-`python tests/golden/make_saved.py NAME ...` writes the folders of these names, all of them without a name. A folder that is
-there stays as it is: what users have saved does not change either. Bases are not saved, but filled again from a seed.
+`python tests/golden/make_saved.py NAME ...` writes the folders of these names, all of them without a name. A folder
+that is there stays as it is: what users have saved does not change either. Bases are not saved, but filled again from
+a seed.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ MOE = {**TEXT, "intermediate_size": 8, "moe_intermediate_size": 8, "num_experts_
 
 
 def filled(model: nn.Module, seed: str) -> nn.Module:
-    """Every parameter that trains gets numbers that depend on its name and `seed` alone, and on no library's initialisation.
+    """Give every parameter that trains numbers that depend on its name and `seed`, and on no library.
 
     `torch.rand` makes floats out of whole numbers, so that the bits are the same on every machine.
     """
