@@ -1,4 +1,4 @@
-"""trl's trainers, unchanged, on a mixture of experts with new experts: only those move, and the balance loss arrives."""
+"""trl's trainers, unchanged, on a mixture with new experts: only those move, and the balance loss arrives."""
 
 from __future__ import annotations
 

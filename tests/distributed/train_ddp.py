@@ -11,7 +11,6 @@ from transformers import TrainingArguments
 
 from aux_by_hand import GradientTrap, build, rows_of
 from tiny_models import token_batch
-from told import tell
 
 
 def main(folder: str, coef: str, checkpointing: str, find_unused: str, accumulation: str) -> None:
@@ -41,7 +40,7 @@ def main(folder: str, coef: str, checkpointing: str, find_unused: str, accumulat
     try:
         trainer.train()
     except Exception as caught:
-        error = f"{type(caught).__name__}: {tell(caught)}"
+        error = f"{type(caught).__name__}: {caught}"
     weights = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
     write_report(folder, {"gradient": trainer.trapped, "weights": weights, "error": error})
     if error is None and dist.is_initialized():

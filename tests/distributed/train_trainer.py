@@ -1,4 +1,4 @@
-"""Run by torchrun or `accelerate launch`: the `Trainer` on several processes; every rank writes what it saw to a file."""
+"""Run by torchrun or `accelerate launch`: the `Trainer` on several processes; each rank writes what it saw."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A Hugging Face Hub in memory, over real HTTP on loopback: repositories with history, LFS, and faults on demand.
 
-It speaks the routes that `huggingface_hub` uses for models, without xet. What it has no answer for is answered by 501 and
-noted in `HubServer.unhandled`, so that a test sees when a client asks for more.
+It speaks the routes that `huggingface_hub` uses for models, without xet. What it has no answer for is answered by 501
+and noted in `HubServer.unhandled`, so that a test sees when a client asks for more.
 """
 
 from __future__ import annotations

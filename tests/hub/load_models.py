@@ -1,4 +1,4 @@
-"""Run by the tests: loads from the Hub what `push_models.py` has pushed, in a process that knows nothing else of it."""
+"""Run by the tests: loads what `push_models.py` has pushed, in a process that knows nothing else of it."""
 
 from __future__ import annotations
 

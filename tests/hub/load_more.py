@@ -1,4 +1,4 @@
-"""Run by the exhaustive tests: loads what `push_more.py` has pushed, and goes on training from a checkpoint on the Hub."""
+"""Run by the exhaustive tests: loads what `push_more.py` has pushed, and trains on from a checkpoint on the Hub."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def expect(name: str, model: torch.nn.Module, batch: dict[str, Any]) -> torch.Te
 
 
 def compare(name: str, load: Callable[[], torch.nn.Module]) -> str:
-    """`EQUAL` if what `load` gives says the same as the model that was pushed, to the bit; or what happened instead."""
+    """`EQUAL` if what `load` gives says to the bit what the pushed model says; or what happened instead."""
     batch = safetensors.torch.load_file(FOLDER / f"{name}.safetensors")
     expected = batch.pop("expected")
     try:

@@ -27,7 +27,7 @@ def adapted(name: str) -> tuple[TunerCase, PeftModel]:
 
 
 def as_saved(model: PreTrainedModel, name: str) -> PreTrainedModel:
-    """The same weights, mapped from a file as those from the Hub will be: their alignment in memory can change last bits."""
+    """The same weights, mapped from a file as those from the Hub: alignment in memory can change last bits."""
     model.save_pretrained(FOLDER / name)
     loaded = type(model).from_pretrained(FOLDER / name)
     for key, tensor in model.state_dict().items():
@@ -170,7 +170,7 @@ def push_clusters(notes: dict) -> None:
 
 
 def push_with_faults(notes: dict) -> None:
-    """Each fault meets one push of changed weights; the head of the repository before and after tells what is visible."""
+    """Each fault meets one push of changed weights; the repository's head tells what is visible."""
     case, model = adapted("mole")
     model.push_to_hub("someone/faulty")
     commit, upload = "/api/models/someone/faulty/commit/main", "/lfs/.*"

@@ -1,4 +1,4 @@
-"""Run by the exhaustive tests: every configuration of the tuners, checkpoints on the Hub, shards, and a Hub that stays away."""
+"""Run by the exhaustive tests: every configuration of the tuners, checkpoints, shards, and a Hub that is away."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""More of what `test_round_trips.py` shows: every configuration, training that goes on from the Hub, a Hub that is away."""
+"""More of what `test_round_trips.py` shows: every configuration, training from the Hub, a Hub that is away."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What one process pushes to the Hub another one loads and computes the same with, to the bit; with this package or without.
+"""What one process pushes to the Hub another one loads, and computes the same to the bit, also without this package.
 
-Three processes talk to a server on loopback: one pushes, one loads, one loads without `peft_moe`. This shows that our side
-speaks the protocol of the Hub, not that the real one accepts it.
+Three processes talk to a server on loopback: one pushes, one loads, one loads without `peft_moe`. This shows that our
+side speaks the protocol of the Hub, not that the real one accepts it.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def test_a_base_model_from_a_folder_is_not_named_as_one_of_the_hub(hub, folder, 
 
 @pytest.mark.xfail(
     strict=True,
-    reason="Trainer lets PEFT name the folder in the card again after it was saved, for LoRA too; the Hub refuses that",
+    reason="Trainer lets PEFT name the folder in the card again, for LoRA too; the Hub refuses that",
 )
 def test_trainer_pushes_where_the_base_model_is_a_folder(pushed):
     assert pushed["trained on a local base"] == "no error"

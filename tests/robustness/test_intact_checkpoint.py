@@ -1,4 +1,4 @@
-"""`find_intact_checkpoint` takes what is whole and says what is wrong with the rest; the callback's manifest vouches."""
+"""`find_intact_checkpoint` takes what is whole and says what is wrong with the rest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several processes and one folder: the manifest waits for all that save together, and adapters are never half and half."""
+"""Several processes and one folder: the manifest waits for all that save, and adapters are never half and half."""
 
 from __future__ import annotations
 

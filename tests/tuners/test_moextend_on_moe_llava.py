@@ -1,4 +1,4 @@
-"""The routers of MoeLlava are balanced once, by the adapter; a merged model has the projector that was trained with it."""
+"""The routers of MoeLlava are balanced once, by the adapter; a merged model has the projector trained with it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""transformers' own shared tests over MoeLlava, with native LLaVA as the control: MoeLlava fails nothing that LLaVA passes."""
+"""transformers' own shared tests over MoeLlava, LLaVA as the control: MoeLlava fails nothing that LLaVA passes."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ IS_LISTED_VERSION = version("peft").startswith(f"{LISTED_FOR}.")
 
 @dataclass(frozen=True)
 class Listed:
-    """A set of tests and configurations. Each pattern is one of several, with spaces between; all of them have to match.
+    """A set of tests and configurations. A field holds patterns with spaces between; one of each has to match.
 
     Args:
         reason (`str`): why.
@@ -39,7 +39,8 @@ class Listed:
         return all(any(fnmatchcase(value, one) for one in patterns.split()) for patterns, value in pairs)
 
 
-# how many tests of each suite run, with any number of configurations: what is left out without a word would be missed here
+# how many tests of each suite run, with any number of configurations: what is left out without a word would be missed
+# here
 NUM_TESTS = {
     "decoder": 32,
     "encoder_decoder": 27,
@@ -189,7 +190,7 @@ def listed_in(entries: list[Listed], suite: str, test: str, case: str, identifie
 
 
 def problem_with(outcome: str, skip: Listed | None, *, is_control: bool) -> str | None:
-    """What is wrong about the outcome of a test (`"passed"`, `"failed"` or `"skipped"`) and its entry in `SKIPS`, if anything."""
+    """What is wrong with the outcome (`"passed"`, `"failed"`, `"skipped"`) or its entry in `SKIPS`, if anything."""
     if outcome == "skipped" and skip is None and not is_control:
         return "It is skipped, and SKIPS in expectations.py does not say why."
     if outcome == "passed" and skip is not None:

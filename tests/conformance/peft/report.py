@@ -1,4 +1,4 @@
-"""The table of what PEFT's tests gave: one line per suite and configuration of ours, LoRA on the same models beside it."""
+"""The table of what PEFT's tests gave: one line per suite and configuration of ours, LoRA beside it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PEFT's test classes with our configurations in their parameters. Nothing of them is copied: methods are inherited."""
+"""PEFT's test classes with our configurations in their parameters. Nothing is copied: methods are inherited."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ class _WithCase:
 
     @pytest.fixture(autouse=True)
     def peft_case(self, request: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-        """The configuration of the test. What takes LoRA's place has to be used, or the test would say nothing of it."""
+        """The configuration of the test. What takes LoRA's place has to be used, or nothing was tested."""
         row: Row = request.node.get_closest_marker("peft_tests").args[2]
         loader = getattr(self, "transformers_class", None)
         if getattr(loader, "__name__", "") == "MockTransformerWrapper":
