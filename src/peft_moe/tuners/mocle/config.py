@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
 from ..experts_config import LoraExpertsConfig, choice_problems, count_problems, float32_problems, is_number
-from .cluster_file import checksum
-
-
-if TYPE_CHECKING:
-    from .clustering import InstructionClusterer
+from .clustering import InstructionClusterer, checksum
+from .instructions import check_text_settings
 
 
 SCOPES = ("model", "layer", "module")
@@ -181,11 +178,6 @@ class MoCLEConfig(LoraExpertsConfig):
         noise = self.gate_noise_std
         if noise is not None and not (is_number(noise) and 0 <= noise < math.inf):
             problems.append(f"gate_noise_std must be a number and not negative, but is {noise!r}.")
-        problems += [
-            f"{name} must be a text, but is {getattr(self, name)!r}."
-            for name in ("encoder_name", "instruction_pattern", "centroids_sha256")
-            if not isinstance(getattr(self, name), str | None)
-        ]
         problems += float32_problems(self, "gate_dtype")
         problems += choice_problems(
             self,
@@ -203,11 +195,10 @@ class MoCLEConfig(LoraExpertsConfig):
             )
         if self.fallback == "universal" and not self.universal_expert:
             problems.append("fallback='universal' needs universal_expert=True. Set it, or use fallback='error'.")
-        if not isinstance(self.instruction_template, str) or self.instruction_template.count("{}") != 1:
-            problems.append(
-                f"instruction_template must contain '{{}}' once, where the instruction goes, but is "
-                f"{self.instruction_template!r}."
-            )
+        try:
+            check_text_settings(self.instruction_template, self.instruction_pattern)
+        except ValueError as error:
+            problems.append(str(error))
         return problems
 
     @property
