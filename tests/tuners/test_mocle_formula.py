@@ -129,7 +129,7 @@ def test_all_tokens_of_an_example_and_all_linears_of_a_layer_go_to_one_expert():
     model = build()
     for layer in layers_of(model).values():
         with layer.recorder.context.surround({"cluster_ids": IDS}):
-            routed = layer.route("default", torch.zeros(2, 9, layer.in_features), torch.zeros(0))[1]
+            routed = layer.dispatch("default", torch.zeros(2, 9, layer.in_features), torch.zeros(0))[1]
         index = routed.plan.top_k_index.view(2, 9, 2)
         assert (index == index[:, :1]).all()
         expected = layer.scopes["default"].gate_owner
@@ -202,9 +202,9 @@ def test_noise_is_drawn_in_training_only_once_per_layer_and_is_one_over_e_wide()
     assert not torch.equal(model(**batch).logits, model(**batch).logits)
     up, down = (layers_of(model)[f"base_model.model.model.layers.1.mlp.{end}_proj"] for end in ("up", "down"))
     with up.recorder.context.surround({"cluster_ids": IDS}):
-        one = up.route("default", torch.zeros(2, 9, 32), torch.zeros(0))[1]
-        other = down.route("default", torch.zeros(2, 9, 48), torch.zeros(0))[1]
-        again = up.route("default", torch.zeros(2, 9, 32), torch.zeros(0))[1]
+        one = up.dispatch("default", torch.zeros(2, 9, 32), torch.zeros(0))[1]
+        other = down.dispatch("default", torch.zeros(2, 9, 48), torch.zeros(0))[1]
+        again = up.dispatch("default", torch.zeros(2, 9, 32), torch.zeros(0))[1]
     assert one.plan is other.plan and one.top_k_weights is other.top_k_weights
     assert not torch.equal(one.top_k_weights, again.top_k_weights)
 
@@ -248,7 +248,7 @@ def test_a_universal_fallback_uses_the_universal_expert_alone():
     for layer in layers_of(model).values():
         layer.mocle_A["default"].weight.data[:-1] = 0
         with torch.no_grad(), layer.recorder.context.surround({}):
-            routed = layer.route("default", torch.zeros(2, 9, layer.in_features), torch.zeros(0))[1]
+            routed = layer.dispatch("default", torch.zeros(2, 9, layer.in_features), torch.zeros(0))[1]
         assert routed.top_k_weights is None and routed.plan.top_k_index.unique().tolist() == [3]
     assert torch.equal(model(**token_batch()).logits, logits)
     assert not torch.equal(model(**token_batch(), cluster_ids=IDS).logits, logits)

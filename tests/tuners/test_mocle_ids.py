@@ -122,13 +122,13 @@ class TestPacked:
         routes = []
         for layer in layers_of(model).values():
             layer.register_forward_pre_hook(
-                lambda module, args: routes.append(module.route("default", args[0], args[0])[1])
+                lambda module, args: routes.append(module.dispatch("default", args[0], args[0])[1])
             )
         model(input_ids=packed, position_ids=positions, cluster_ids=ids)
         lengths = torch.tensor([row.shape[1] for row in rows])
         for layer, routed in zip(layers_of(model).values(), routes):
             with layer.recorder.context.surround({"cluster_ids": ids}):
-                expected = layer.route("default", torch.zeros(3, 1, 1), torch.zeros(0))[1]
+                expected = layer.dispatch("default", torch.zeros(3, 1, 1), torch.zeros(0))[1]
             index = routed.plan.top_k_index[: int(lengths.sum())]
             assert torch.equal(index, expected.plan.example_index.repeat_interleave(lengths, dim=0))
             weights = routed.top_k_weights[: int(lengths.sum())]

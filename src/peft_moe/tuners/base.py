@@ -17,7 +17,7 @@ from torch import nn
 from ..aux_loss import AuxLoss, AuxLossFunction, install_aux_loss, weighted_aux_loss
 from ..forward_context import remove_context
 from ..routing_recorder import RoutingRecorder, install_recorder
-from .model_card import complete_model_card
+from .card import complete_model_card
 
 
 CHECKPOINT_FORMAT = 1

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from ..experts_config import LoraExpertsConfig, choice_problems, count_problems, float32_problems, is_number
+from ..lora_config import LoraExpertsConfig, choice_problems, count_problems, float32_problems, is_number
 from .clustering import InstructionClusterer, checksum
 from .instructions import check_text_settings
 

@@ -24,8 +24,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...pretrained_moe import base_of
-from ..experts_model import adaptable_modules
-from ..model_card import CARD_FILE, is_hub_id
+from ..card import CARD_FILE, is_hub_id
+from ..lora_model import adaptable_modules
 from ..structure import shorten
 from .clustering import FORMAT_VERSION, InstructionClusterer, checksum, damaged, find_file, read_settings
 from .clusters import BatchClusters

@@ -12,7 +12,7 @@ from ...kernels import DispatchPlan
 from ...routing import ClusterCentroids, ClusterEmbedding, ClusterRouter, RouterOutput
 from ...routing_recorder import RoutingRecorder
 from ..base import refuse_reentrant_checkpointing_under_ddp, refuse_replica
-from ..experts_layer import LoraExpertsLayer, Routed
+from ..lora_layer import Dispatch, LoraExpertsLayer
 from ..structure import is_gathered_when_called, is_sharded
 from .clusters import BatchClusters, ClusterLookup
 from .config import MoCLEConfig
@@ -90,9 +90,9 @@ class MoCLELayer(LoraExpertsLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def route(
+    def dispatch(
         self, adapter_name: str, x: torch.Tensor, hidden_states: torch.Tensor
-    ) -> tuple[torch.Tensor, Routed | None]:
+    ) -> tuple[torch.Tensor, Dispatch | None]:
         """Ask the gate, or take over what it decided for another linear of the same layer."""
         refuse_replica(self)
         if self.training and not torch.compiler.is_compiling():
@@ -116,9 +116,9 @@ class _Dispatches:
         self.output = output
         self.clusters = clusters
         self.num_stacked = num_stacked
-        self._known: dict[tuple[int, int], Routed] = {}
+        self._known: dict[tuple[int, int], Dispatch] = {}
 
-    def of(self, shape: torch.Size, batch_shape: torch.Size | None, module_name: str) -> Routed:
+    def of(self, shape: torch.Size, batch_shape: torch.Size | None, module_name: str) -> Dispatch:
         """For a layer's input of this shape, without its last axis; see [`BatchClusters.rows`]."""
         segments = self.clusters.segments
         key = (shape.numel(), 0) if segments is not None else self.clusters.rows(shape, batch_shape, module_name)
@@ -126,7 +126,7 @@ class _Dispatches:
             self._known[key] = self._by_example(*key) if segments is None else self._by_token(key[0], segments)
         return self._known[key]
 
-    def _by_example(self, num_examples: int, tokens_per_example: int) -> Routed:
+    def _by_example(self, num_examples: int, tokens_per_example: int) -> Dispatch:
         index, weights = self.output.top_k_index, self.output.top_k_weights
         copies = num_examples // index.shape[0]
         if copies != 1:
@@ -134,9 +134,9 @@ class _Dispatches:
             weights = None if weights is None else weights.repeat_interleave(copies, dim=0)
         if tokens_per_example == 0:
             index, weights, tokens_per_example = index[:0], None if weights is None else weights[:0], 1
-        return Routed(DispatchPlan.from_index(index, self.num_stacked, tokens_per_example=tokens_per_example), weights)
+        return Dispatch(DispatchPlan.from_index(index, self.num_stacked, tokens_per_example=tokens_per_example), weights)
 
-    def _by_token(self, num_tokens: int, segments: torch.Tensor) -> Routed:
+    def _by_token(self, num_tokens: int, segments: torch.Tensor) -> Dispatch:
         if segments.shape[0] != num_tokens:
             raise ValueError(
                 f"The position_ids of this batch tell {segments.shape[0]} packed tokens, but a layer got {num_tokens}. "
@@ -145,7 +145,7 @@ class _Dispatches:
         index, weights = self.output.top_k_index, self.output.top_k_weights
         segments = segments.to(index.device)
         plan = DispatchPlan.from_index(index.index_select(0, segments), self.num_stacked)
-        return Routed(plan, None if weights is None else weights.index_select(0, segments))
+        return Dispatch(plan, None if weights is None else weights.index_select(0, segments))
 
 
 class GateScope:
@@ -189,7 +189,7 @@ class GateScope:
         embedding: ClusterEmbedding = self.embedding_owner.mocle_embedding[self.lookup.adapter_name]
         return embedding
 
-    def dispatch(self, member: str, shape: torch.Size, recorder: RoutingRecorder, device: torch.device) -> Routed:
+    def dispatch(self, member: str, shape: torch.Size, recorder: RoutingRecorder, device: torch.device) -> Dispatch:
         """What `member` has to do with an input of this shape (without its last axis) on `device`."""
         clusters = self.lookup.of_running_pass(recorder.context)
         forward_pass = recorder.context.find_pass()

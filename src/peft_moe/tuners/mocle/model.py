@@ -11,7 +11,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ...pretrained_moe import base_of
-from ..experts_model import LoraExpertsModel
+from ..lora_model import LoraExpertsModel
 from ..structure import ATTENTION_BLOCKS, MLP_BLOCKS, find_blocks, text_linear_names
 from .clustering import checksum
 from .clusters import ClusterFinder, ClusterLookup

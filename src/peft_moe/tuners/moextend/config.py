@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from ...aux_loss import AUX_LOSS_TYPES, SCOPES
 from ..base import MoeTunerConfig, check_checkpoint_format, raise_config_problems
-from ..experts_config import choice_problems, count_problems, is_number, is_positive_int, name_problems
+from ..lora_config import choice_problems, count_problems, is_number, is_positive_int, name_problems
 from ..registration import peft_type
 
 

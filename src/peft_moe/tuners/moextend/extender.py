@@ -19,7 +19,7 @@ from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq
 from ...forward_context import ForwardPass
 from ...pretrained_moe import BASE, MoeBlock, find_moe_blocks, listen_to_routers, num_groups, probe
 from ...routing_recorder import statistics_of
-from ..experts_config import is_number, is_positive_int
+from ..lora_config import is_number, is_positive_int
 from .extender_report import ExtenderReport
 from .restore import Snapshot, configs_of, same_random_state
 

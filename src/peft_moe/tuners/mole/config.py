@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from ...aux_loss import AUX_LOSS_TYPES, SCOPES
 from ...routing import GATE_SCALES
-from ..experts_config import (
+from ..lora_config import (
     LoraExpertsConfig,
     choice_problems,
     count_problems,
