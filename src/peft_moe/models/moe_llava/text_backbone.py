@@ -12,10 +12,8 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_moe_llava import MoeLlavaConfig
 from .dense_mlp import find_dense_mlp
-from .experts import StackedExperts
-from .moe_block import MoeLlavaSparseMoeBlock
-from .router import MoeLlavaTopKRouter
-from .token_mask import take_token_mask
+from .experts import MoeLlavaSparseMoeBlock, StackedExperts
+from .routing import MoeLlavaTopKRouter
 
 
 class SparseModelMixin:
@@ -132,9 +130,6 @@ def _sparsify(text_model: PreTrainedModel, config: MoeLlavaConfig) -> None:
         *(text_model._keep_in_fp32_modules_strict or ()),
         *(f"{name}.gate.weight" for name in blocks),
     }
-    if config.router_drop is not None:
-        for layer in layers:
-            take_token_mask(layer)
 
 
 def _extend_plans(
