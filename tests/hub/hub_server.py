@@ -190,7 +190,7 @@ class HubServer:
         kinds = ["lfs" if path.endswith(LFS_SUFFIXES) else "regular" for path in paths]
         oids = [present[path].etag if path in present else None for path in paths]
         files = zip(paths, kinds, oids, strict=True)
-        return Answer({"files": [dict(path=p, uploadMode=k, shouldIgnore=False, oid=o) for p, k, o in files]})
+        return Answer({"files": [{"path": p, "uploadMode": k, "shouldIgnore": False, "oid": o} for p, k, o in files]})
 
     def lfs_batch(self, request: Request, repo_id: str) -> Answer:
         request.check_token()
