@@ -112,7 +112,10 @@ def run(folder: Path, name: str, options: dict) -> dict:
     model, again = build(name, options), build(name, options)
     before, first = weights_of(model), FirstStep()
     trainer = new_trainer(model, folder, name, options, callbacks=[first])
-    trainer.train()
+    try:
+        trainer.train()
+    except RuntimeError as error:
+        return {"error": str(error)}
     found = {
         "before": before,
         "first": first.weights,

@@ -43,7 +43,6 @@ def main() -> None:
         ("uploaded", "uploaded", {}),
         ("trained-step-2", "trained", {"revision": commits["Training in progress, step 2"]}),
         ("trained-step-4", "trained", {"revision": commits["Training in progress, step 4"]}),
-        ("faulty", "faulty", {}),
     ):
         results[name] = compare(name, lambda: PeftModel.from_pretrained(base(), f"someone/{repository}", **options))
     results["trained"] = compare("trained-step-4", lambda: AutoPeftModelForCausalLM.from_pretrained("someone/trained"))

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import traceback
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,13 +43,6 @@ def error_of(call: Callable[[], Any]) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
-
-
-def fail_next(method: str, path: str, status: int | None, *, is_handled: bool = False, times: int = 1) -> None:
-    """Ask the server for a fault in the next requests that fit."""
-    fault = {"method": method, "path": path, "status": status, "is_handled": is_handled, "times": times}
-    request = urllib.request.Request(f"{os.environ['HF_ENDPOINT']}/fail-next", json.dumps(fault).encode())
-    urllib.request.urlopen(request, timeout=10).read()
 
 
 def finish(results: dict[str, Any]) -> None:

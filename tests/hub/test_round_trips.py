@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from hub_process import run_script
-from hub_store import card_data
+from hub_server import card_data
 
 
 pytestmark = pytest.mark.slow
@@ -119,24 +119,6 @@ def test_moe_llava_needs_no_plugin_but_trust(loaded_without_plugin):
 @pytest.mark.parametrize("tuner", TUNERS)
 def test_an_adapter_without_the_plugin_is_refused_by_the_name_of_its_method(tuner, loader, loaded_without_plugin):
     assert loaded_without_plugin[f"{tuner} {loader}"] == f"KeyError: '{tuner.upper()}'"
-
-
-@pytest.mark.parametrize("fault", ["commit refused", "commit cut off", "upload refused"])
-def test_a_push_that_fails_is_an_error_and_nothing_of_it_is_visible(fault, pushed):
-    result = pushed["faults"][fault]
-    assert result["error"] != "no error"
-    assert not result["moved"]
-
-
-def test_a_push_goes_on_after_an_upload_that_failed_once(pushed):
-    assert pushed["faults"]["upload refused once"] == {"error": "no error", "moved": True}
-
-
-def test_a_push_whose_answer_is_lost_is_visible_as_a_whole(pushed, loaded):
-    result = pushed["faults"]["answer to the commit lost"]
-    assert result["error"] != "no error"
-    assert result["moved"]
-    assert loaded["faulty"] == EQUAL
 
 
 def test_cards_pass_the_validation_of_huggingface_hub(pushed):
