@@ -10,7 +10,6 @@ import torch
 
 from ...forward_context import ForwardContext, ForwardPass
 from ...routing import ClusterCentroids
-from ...routing_recorder import RoutingRecorder
 from ...sequence_state import sequence_state
 from .config import MoCLEConfig
 
