@@ -23,8 +23,9 @@ from torch import nn
 from transformers import TrainingArguments
 
 from peft_moe import Extender, get_aux_loss
-from peft_moe.losses import load_balancing_loss
+from peft_moe.aux_loss import load_balancing_loss
 from peft_moe.pretrained_moe import find_moe_blocks
+from peft_moe.routing_recorder import statistics_of
 from peft_moe.tuners.base import check_finite
 from peft_moe.tuners.moextend.layer import MoExtendExperts, MoExtendLayer
 from tiny_moe import NUM_EXPERTS, MoeFamily, moe_batch
@@ -166,7 +167,7 @@ def test_adapters_of_different_layers_are_both_balanced():
     model.add_adapter("other", config_for(MIXTRAL, **other))
     model.base_model.set_adapter(["default", "other"])
     found = model.train()(**moe_batch(), output_router_logits=True)
-    records = model.base_model.recorder.latest.records
+    records = statistics_of(model.base_model.recorder.context.latest)
     names = ["model.layers.0.mlp", "model.layers.1.mlp", "model.layers.2.mlp"]
     assert {name: sorted(entry) for name, entry in records.items()} == {"default": names[:1], "other": names[1:]}
     entries = [records["default"][names[0]], records["other"][names[1]], records["other"][names[2]]]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...pretrained_moe import MoeBlock, Routing, base_of, num_groups, probe, returns_probabilities
-from ...routing.float32 import Float32Module
+from ...routing import Float32Module
 
 
 INIT_STD = 0.02

@@ -16,8 +16,9 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
+from ...forward_context import ForwardPass
 from ...pretrained_moe import BASE, MoeBlock, find_moe_blocks, listen_to_routers, num_groups, probe
-from ...recording import ForwardPass
+from ...routing_recorder import statistics_of
 from ..experts_config import is_number, is_positive_int
 from .extender_report import ExtenderReport
 from .restore import Snapshot, configs_of, same_random_state
@@ -215,7 +216,7 @@ class Extender:
         num_tokens = torch.zeros(1, dtype=torch.int64)
 
         def listen(forward_pass: ForwardPass) -> None:
-            for index, (name, record) in enumerate(forward_pass.records.get(BASE, {}).items()):
+            for index, (name, record) in enumerate(statistics_of(forward_pass).get(BASE, {}).items()):
                 block = name.partition("#")[0]
                 if block in counts:
                     counts[block] += record.expert_counts.long().sum(dim=0).cpu()

@@ -17,8 +17,8 @@ from ...pretrained_moe import (
     returns_probabilities,
 )
 from ...pretrained_moe.routers import in_groups
-from ...recording import RoutingRecorder
 from ...routing import RouterOutput
+from ...routing_recorder import RoutingRecorder
 from ..base import check_finite, refuse_reentrant_checkpointing_under_ddp, refuse_replica
 from .calibration import Calibration, measure_scoring
 from .config import MoExtendConfig
@@ -239,7 +239,6 @@ class MoExtendRouter(MoExtendLayer):
             weights,
             logits,
             index,
-            recorder=self.recorder,
             adapter_name=adapter_name,
             router_name=self.block.name,
             shape=shape,

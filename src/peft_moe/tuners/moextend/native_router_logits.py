@@ -15,9 +15,10 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from ...losses import load_balancing_loss
+from ...aux_loss import load_balancing_loss
+from ...forward_context import ForwardPass
 from ...pretrained_moe import BASE
-from ...recording import ForwardPass, RoutingRecorder
+from ...routing_recorder import RoutingRecorder, statistics_of
 from .layer import MoExtendRouter
 
 
@@ -43,7 +44,12 @@ class _Request:
     def __call__(self, forward_pass: ForwardPass) -> None:
         """Called by the recorder with the finished pass."""
         # a layer records its decision once, for one of the adapters that act there
-        found = [entry for name, records in forward_pass.records.items() if name != BASE for entry in records.values()]
+        found = [
+            entry
+            for name, records in statistics_of(forward_pass).items()
+            if name != BASE
+            for entry in records.values()
+        ]
         if found:
             self.aux_loss = load_balancing_loss(found)
 
