@@ -91,7 +91,8 @@ def main() -> None:
     print_report(before, after, remember.found, load)
     print(f"\nA question it has not seen:\n{prompt.strip()}\n→ {answer}")
     print(
-        f"\nAll results are in {output}/ (adapter/, report.json, expert_load.png). {time.perf_counter() - started:.0f} s"
+        f"\nAll results are in {output}/ (adapter/, report.json, expert_load.png). "
+        f"{time.perf_counter() - started:.0f} s"
     )
     if not remember.found["reload_is_bit_equal"]:
         sys.exit("The reloaded adapter gives other logits than the trained one.")

@@ -1,4 +1,4 @@
-"""`find_intact_checkpoint`: the newest checkpoint that loads, of a training that may have been killed while it saved."""
+"""`find_intact_checkpoint`: the newest checkpoint that loads, of a training that may have been killed."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class CheckpointDamage(Exception):
 def find_intact_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     """The newest checkpoint of a `Trainer` that is complete and readable.
 
-    Does for a training that may have been killed what `transformers.trainer_utils.get_last_checkpoint` does for one that
-    has not: each checkpoint that is skipped is logged as a warning that says what is wrong with it. Nothing is changed,
-    and no pickle is loaded.
+    Does for a training that may have been killed what `transformers.trainer_utils.get_last_checkpoint` does for one
+    that has not: each checkpoint that is skipped is logged as a warning that says what is wrong with it. Nothing is
+    changed, and no pickle is loaded.
 
-    `trainer_state.json` has to be there, which `Trainer` writes last, and of the step in the name of the folder; weights
-    have to be readable to the last byte (safetensors), or have the right checksums (files of `torch.save`: optimizer,
-    scheduler, random states). Wrong numbers inside safetensors data of the right size go unnoticed.
+    `trainer_state.json` has to be there, which `Trainer` writes last, and of the step in the name of the folder;
+    weights have to be readable to the last byte (safetensors), or have the right checksums (files of `torch.save`:
+    optimizer, scheduler, random states). Wrong numbers inside safetensors data of the right size go unnoticed.
 
     Args:
         output_dir (`str` or `os.PathLike`): `TrainingArguments.output_dir`. It need not exist yet.
@@ -47,7 +47,8 @@ def find_intact_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
         `str`, *optional*: the folder, for `trainer.train(resume_from_checkpoint=...)`; `None` if there is none.
 
     Raises:
-        ValueError: none is known to be whole, and FSDP or DeepSpeed has written one at least, whose parts are not known.
+        ValueError: none is known to be whole, and FSDP or DeepSpeed has written one at least, whose parts are not
+        known.
             Training that begins anew would overwrite it.
         OSError: a checkpoint cannot be read, for example for lack of permission.
 
@@ -72,8 +73,9 @@ def find_intact_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
             return str(folder)
     if sharded:
         raise ValueError(
-            f"No checkpoint is known to be whole, and {', '.join(sharded)} cannot be judged, as FSDP or DeepSpeed wrote "
-            "them. Pass one to resume_from_checkpoint yourself if you know that it is whole. To begin anew, move them away."
+            f"No checkpoint is known to be whole, and {', '.join(sharded)} cannot be judged, as FSDP or DeepSpeed "
+            "wrote them. Pass one to resume_from_checkpoint yourself if you know that it is whole. To begin anew, "
+            "move them away."
         )
     return None
 
@@ -104,7 +106,9 @@ def _check_weights(folder: Path) -> None:
     indices = list(folder.glob("*model.*.index.json"))
     found = [folder / name for name in WEIGHTS if (folder / name).exists()]
     if not found and not indices:
-        raise CheckpointDamage(f"{folder.name} holds no weights, such as adapter_model.safetensors or model.safetensors")
+        raise CheckpointDamage(
+            f"{folder.name} holds no weights, such as adapter_model.safetensors or model.safetensors"
+        )
     for path in found:
         _check_tensors(path)
         if path.name.startswith("adapter_model") and "peft_type" not in _read_json(folder / "adapter_config.json"):
@@ -124,17 +128,17 @@ def _check_weights(folder: Path) -> None:
 
 def _check_training_state(folder: Path) -> None:
     """Optimizer, scheduler and random states are there together or, with `save_only_model`, not at all."""
-    random_states = {path.name for path in folder.glob("rng_state*.pth")}
-    found = random_states | {name for name in ("optimizer.pt", "scheduler.pt", "scaler.pt") if (folder / name).exists()}
-    if found:
-        numbers = [int(name[10:-4]) for name in random_states if re.fullmatch(r"rng_state_\d+\.pth", name)]
-        # those of a node are numbered without gaps, but need not begin at 0
-        of_node = {f"rng_state_{number}.pth" for number in range(min(numbers, default=0), max(numbers, default=0))}
-        expected = {"optimizer.pt", "scheduler.pt", *(of_node if numbers else ["rng_state.pth"])}
-        if absent := sorted(expected - found):
-            raise CheckpointDamage(f"{' and '.join(absent)} missing")
-    for path in (*(folder / name for name in sorted(found)), *folder.glob("training_args.bin")):
-        _check_archive(path)
+    found = {
+        path.name for pattern in ("rng_state*.pth", "optimizer.pt", "scheduler.pt") for path in folder.glob(pattern)
+    }
+    has_random_state = any(name.startswith("rng_state") for name in found)
+    absent = [name for name in ("optimizer.pt", "scheduler.pt") if name not in found]
+    absent += [] if has_random_state else ["rng_state.pth"]
+    if found and absent:
+        raise CheckpointDamage(f"{' and '.join(absent)} missing")
+    for name in (*sorted(found), "scaler.pt", "training_args.bin"):
+        if (folder / name).exists():
+            _check_archive(folder / name)
 
 
 def _check_tensors(path: Path) -> set[str] | None:
@@ -168,7 +172,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Turn into damage whatever a reader makes of bytes that are not what they should be, but no error of the system."""
+    """Turn what a reader makes of wrong bytes into damage, and leave errors of the system as they are."""
     try:
         is_file = stat.S_ISREG(path.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError, ValueError):  # a name with a null byte is that of no file either

@@ -142,7 +142,7 @@ def test_steps_are_compared_as_numbers_and_other_names_are_left_alone(copy):
     assert find_intact_checkpoint(output_dir) == str(output_dir / "checkpoint-10")
 
 
-def test_states_of_the_processes_of_one_node_need_not_begin_at_0(copy):
+def test_states_may_be_those_of_several_processes(copy):
     checkpoint = copy("plain") / "checkpoint-4"
     shutil.copy(checkpoint / "rng_state.pth", checkpoint / "rng_state_9.pth")
     (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_8.pth")
@@ -154,11 +154,6 @@ def test_a_state_of_another_step_is_a_mixture(copy, caplog):
     shutil.copy(output_dir / "checkpoint-2" / "trainer_state.json", output_dir / "checkpoint-4")
     assert find_intact_checkpoint(output_dir) == str(output_dir / "checkpoint-2")
     assert "trainer_state.json is of step 2" in caplog.text
-
-
-def as_if_of_three_processes(folder: Path) -> None:
-    shutil.copy(folder / "rng_state.pth", folder / "rng_state_0.pth")
-    (folder / "rng_state.pth").rename(folder / "rng_state_2.pth")
 
 
 def without_optimizer(folder: Path) -> None:
@@ -183,7 +178,6 @@ def of_a_bare_archive(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (as_if_of_three_processes, "rng_state_1.pth missing"),
         (without_optimizer, "optimizer.pt and scheduler.pt missing"),
         (without_a_kind, "adapter_config.json names no peft_type"),
         (without_weights, "checkpoint-4 holds no weights, such as adapter_model.safetensors"),

@@ -30,8 +30,8 @@ IMAGE_TOKEN = "<image>"
 EMBEDDINGS = "model.language_model.embed_tokens.weight"
 ROTARY_FIELDS = ("rope_theta", "rope_scaling", "partial_rotary_factor")
 LOST = (
-    "The second expert was sampled with Gumbel noise in evaluation too; here evaluation takes the second best, so answers "
-    "of the original cannot be repeated exactly.",
+    "The second expert was sampled with Gumbel noise in evaluation too; here evaluation takes the second best, so "
+    "answers of the original cannot be repeated exactly.",
     "Experts had a limited capacity and dropped tokens by their position in the batch; here nothing is dropped unless "
     "released_routing is set.",
     "ep_size, train_modules and optimizer states of DeepSpeed have no counterpart.",
@@ -142,8 +142,8 @@ class Conversion:
         counts = config.num_experts_by_layer
         lines = [
             f"{len(self.sources)} tensors of the original become {len(self.targets)}.",
-            f"{type(config.text_config).__name__}, mixtures in layers {list(counts)} with {list(counts.values())} experts, "
-            f"{config.num_experts_per_tok} per token.",
+            f"{type(config.text_config).__name__}, mixtures in layers {list(counts)} with {list(counts.values())} "
+            f"experts, {config.num_experts_per_tok} per token.",
             "What does not carry over:",
             *(f"- {note}" for note in self.notes),
         ]
@@ -233,8 +233,8 @@ def _family_of(config: dict[str, Any]) -> Family:
         raise ValueError(f"config.json has model_type {model_type!r}, but the converter knows {known}.")
     if not config.get("moe", {}).get("num_experts"):
         raise ValueError(
-            "config.json says nothing about experts (moe.num_experts), so this is a model of stage I or II. Convert it to "
-            "a LLaVA, and use MoeLlavaForConditionalGeneration.from_dense."
+            "config.json says nothing about experts (moe.num_experts), so this is a model of stage I or II. Convert "
+            "it to a LLaVA, and use MoeLlavaForConditionalGeneration.from_dense."
         )
     projector = config.get("image_projector_type")
     if projector != "mlp2x_gelu":
