@@ -1,4 +1,4 @@
-"""Which experts of a saved MoeLlava work, on what, and by which pathways: figures 4 to 6 of MoE-LLaVA.
+"""See which experts of a saved MoeLlava work, on what, and by which pathways: figures 4 to 6 of MoE-LLaVA.
 
     python examples/moe_llava/see_experts.py outputs/moe_llava/stage_III                     # on easy-VQA, test
     python examples/moe_llava/see_experts.py my-model --dataset my-rows.parquet --output_dir experts

@@ -242,7 +242,7 @@ def word_tokenizer(rows: Dataset) -> PreTrainedTokenizerFast:
 
 
 def train_vision_tower(run: Run) -> CLIPForImageClassification:
-    """A small CLIP vision tower that knows shapes and colours, from nothing but the training pictures."""
+    """A small CLIP vision tower that tells shape and colour of a picture apart, learned from the training pictures."""
     vision_config = CLIPVisionConfig(
         hidden_size=128,
         intermediate_size=256,

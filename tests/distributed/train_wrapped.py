@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from peft_moe import get_aux_loss, record_expert_load
 from peft_moe.models.moe_llava.routing import MoeLlavaTopKRouter
 from peft_moe.monitoring import ExpertLoad
-from peft_moe.monitoring.window import TrainWindow
+from peft_moe.monitoring.callback import TrainWindow
 from peft_moe.routing import ClusterEmbedding, TopKRouter
 from peft_moe.routing_recorder import get_recorder
 

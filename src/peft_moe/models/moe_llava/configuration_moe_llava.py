@@ -39,29 +39,29 @@ class MoeLlavaConfig(LlavaConfig):
         router_drop (`"position"`, `"probability"` or `None`):
             Whether experts have a limited capacity, and which tokens an overfull expert drops: the last ones of the
             batch (released code) or the least probable ones (paper: batch priority routing). By default nothing is
-            dropped. A dropped choice has weight 0, and what a token gets depends on the rest of the batch; nothing is saved
-            by it, this is for parity with the original.
+            dropped. A dropped choice has weight 0, and what a token gets depends on the rest of the batch; nothing is
+            saved by it, this is for parity with the original.
         router_capacity_factor (`float`), router_eval_capacity_factor (`float`):
             An expert accepts `ceil(K · factor · tokens / E)` choices, in training and in evaluation. Without effect
             unless `router_drop` is set. Released scripts: 1.5 and 2.0, where the latter drops nothing if K = 2, E = 4.
         router_min_capacity (`int`):
             It accepts at least this many.
         router_second_expert (`"top"` or `"gumbel"`):
-            Where K = 2, take the second best expert, or in training sample it by adding Gumbel noise to the logits. The
-            released code samples in evaluation too; here evaluation is always deterministic.
+            Where K = 2, take the second best expert, or in training sample it by adding Gumbel noise to the logits.
+            The released code samples in evaluation too; here evaluation is always deterministic.
         router_jitter_noise (`float`):
             In training, multiply the router's input by a uniform draw from 1 ± this.
         router_aux_loss_coef (`float`):
             Weight of the load-balancing loss, which is part of the loss in training, and in evaluation where
             `output_router_logits` is set. 0 turns it off.
         router_aux_loss_type (`"switch"`, `"pooled"` or `"moe_llava"`):
-            Its form, see `load_balancing_loss`. With `"moe_llava"` (released code) it is a sum over layers, so that the
-            same coefficient weighs more than with the others.
+            Its form, see `load_balancing_loss`. With `"moe_llava"` (released code) it is a sum over layers, so that
+            the same coefficient weighs more than with the others.
         router_z_loss_coef (`float`):
             Weight of the router z-loss. 0 turns it off.
         output_router_logits (`bool`):
-            Return the logits of every router. This field and `router_aux_loss_coef` are set on `text_config` too, where
-            trl's trainers read and change them; the values there count.
+            Return the logits of every router. This field and `router_aux_loss_coef` are set on `text_config` too,
+            where trl's trainers read and change them; the values there count.
         lm_head_bias (`bool`):
             Whether the language-model head has a bias (original checkpoints on Phi).
 
@@ -156,7 +156,7 @@ class MoeLlavaConfig(LlavaConfig):
 
     @classmethod
     def released_code(cls, **overrides: Any) -> "MoeLlavaConfig":
-        """The routing of the released training scripts: capacity 1.5 by position, summed loss, sampled second of two."""
+        """The routing of the released scripts: capacity 1.5 by position, summed loss, sampled second of two."""
         top_k = overrides.get("num_experts_per_tok", cls.num_experts_per_tok)
         settings = {
             "norm_topk_prob": top_k != 1,
@@ -205,8 +205,8 @@ class MoeLlavaConfig(LlavaConfig):
             )
         if self.router_second_expert == "gumbel" and top_k != 2:
             problems.append(
-                f"router_second_expert='gumbel' samples the second of two experts, but num_experts_per_tok is {top_k}. "
-                "Use 2, or router_second_expert='top'."
+                "router_second_expert='gumbel' samples the second of two experts, but num_experts_per_tok is "
+                f"{top_k}. Use 2, or router_second_expert='top'."
             )
         if self.router_aux_loss_type == "pooled" and len(set(counts)) > 1:
             problems.append(

@@ -180,9 +180,9 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel, LlavaModel):
         """Raise a `ValueError` if the configuration says another number of experts per token than the routers."""
         if self.config.num_experts_per_tok != self.num_experts_per_tok:
             raise ValueError(
-                f"config.num_experts_per_tok was set to {self.config.num_experts_per_tok}, but the routers of this model "
-                f"were built for {self.num_experts_per_tok}. Set it back, and load the model with the other number: "
-                "from_pretrained(..., num_experts_per_tok=...)."
+                f"config.num_experts_per_tok was set to {self.config.num_experts_per_tok}, but the routers of this "
+                f"model were built for {self.num_experts_per_tok}. Set it back, and load the model with the other "
+                "number: from_pretrained(..., num_experts_per_tok=...)."
             )
 
     def _check_router_gradient(self, router_logits: Sequence[torch.Tensor], hidden_states: torch.Tensor) -> None:
@@ -241,8 +241,8 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, LlavaForConditio
 
         Args:
             dense ([`~transformers.LlavaForConditionalGeneration`], a path or name of one, or a list of those):
-                The dense model; it is left as it is. Expert `e` is copied from the model `e mod n` of a list of `n`, all
-                else from the first.
+                The dense model; it is left as it is. Expert `e` is copied from the model `e mod n` of a list of `n`,
+                all else from the first.
             num_experts (`int` or `list[int]`), num_experts_per_tok (`int`):
                 See [`MoeLlavaConfig`].
             expert_noise (`float`):
@@ -286,17 +286,18 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, LlavaForConditio
 
         Args:
             attention_mask (`torch.Tensor`, *optional*):
-                As in LLaVA. If it has the shape `(batch_size, sequence_length)`, padding counts in no loss of the routers.
+                As in LLaVA. If it has the shape `(batch_size, sequence_length)`, padding counts in no loss of the
+                routers.
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                -100 where the next token is not to be learned. In training, `loss` contains the auxiliary losses of the
-                routers; in evaluation it does so only with `output_router_logits`.
+                -100 where the next token is not to be learned. In training, `loss` contains the auxiliary losses of
+                the routers; in evaluation it does so only with `output_router_logits`.
             logits_to_keep (`int` or `torch.Tensor`, *optional*):
                 Where to compute logits: at the last so many positions (0: at all), or at those of an index of shape
-                `(num_positions,)` or `(batch_size, num_positions)`, or of a boolean mask `(batch_size, sequence_length)`,
-                whose logits are flattened to `(num_true, vocab_size)`.
+                `(num_positions,)` or `(batch_size, num_positions)`, or of a boolean mask `(batch_size,
+                sequence_length)`, whose logits are flattened to `(num_true, vocab_size)`.
             output_router_logits (`bool`, *optional*):
-                Return `router_logits` and `aux_loss`; by default as the configuration says. `False` in this call leaves the
-                losses of the routers out of `loss`, in training too.
+                Return `router_logits` and `aux_loss`; by default as the configuration says. `False` in this call
+                leaves the losses of the routers out of `loss`, in training too.
 
         Raises:
             RuntimeError: reentrant gradient checkpointing, under which the auxiliary losses would have no gradient.
@@ -348,13 +349,11 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, LlavaForConditio
         # router logits that only the losses needed stay inside
         hidden = {"last_hidden_state", *(["router_logits"] if is_trained and not output_router_logits else [])}
         passed_on = {name: value for name, value in outputs.items() if name not in hidden}
-        return MoeLlavaCausalLMOutputWithPast(
-            loss=loss, logits=logits, aux_loss=aux_loss, z_loss=z_loss, **passed_on
-        )
+        return MoeLlavaCausalLMOutputWithPast(loss=loss, logits=logits, aux_loss=aux_loss, z_loss=z_loss, **passed_on)
 
 
 def _token_mask_of(attention_mask: Any, num_tokens: int) -> torch.Tensor | None:
-    """Which of the last `num_tokens` tokens are padding (0), or `None` where the mask does not say so token by token."""
+    """Which of the last `num_tokens` tokens are padding (0); `None` where the mask does not say so by token."""
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
         return None
     return attention_mask[:, -num_tokens:] if attention_mask.shape[1] >= num_tokens else None
@@ -388,10 +387,10 @@ def _trains_router(module: nn.Module) -> bool:
 @functools.cache
 def _warn_of_missing_labels() -> None:
     warnings.warn(
-        "MoeLlava is trained without labels among its arguments (label_smoothing_factor, compute_loss_func or a loop of its "
-        "own), so that the auxiliary losses of the routers are in no loss. Pass labels; or set output_router_logits=True and "
-        "add router_aux_loss_coef * outputs.aux_loss, and router_z_loss_coef * outputs.z_loss, to the loss; or set both "
-        "coefficients to 0.",
+        "MoeLlava is trained without labels among its arguments (label_smoothing_factor, compute_loss_func or a loop "
+        "of its own), so that the auxiliary losses of the routers are in no loss. Pass labels; or set "
+        "output_router_logits=True and add router_aux_loss_coef * outputs.aux_loss, and router_z_loss_coef * "
+        "outputs.z_loss, to the loss; or set both coefficients to 0.",
         stacklevel=3,
     )
 
@@ -407,8 +406,8 @@ def _share_of_step(labels: torch.Tensor, num_items_in_batch: torch.Tensor | int 
 def _refuse_dense_checkpoint(name_or_path: Any, kwargs: dict[str, Any]) -> None:
     if model_type_of(name_or_path, kwargs) == "llava":
         raise ValueError(
-            f"{str(name_or_path)!r} is a dense LLaVA, which has no experts to load. Use "
-            f"MoeLlavaForConditionalGeneration.from_dense({str(name_or_path)!r}, num_experts=4) to make experts of its MLPs."
+            f"{str(name_or_path)!r} is a dense LLaVA, which has no experts to load. To make experts of its MLPs, use "
+            f"MoeLlavaForConditionalGeneration.from_dense({str(name_or_path)!r}, num_experts=4)."
         )
 
 

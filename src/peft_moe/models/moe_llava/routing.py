@@ -1,4 +1,4 @@
-"""Who goes where: the router of a mixture, what an overfull expert drops, and the losses that keep routers balanced."""
+"""Who goes where: the router of a mixture, what an overfull expert drops, and the losses that balance routers."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class MoeLlavaTopKRouter(nn.Module):
         init.uniform_(self.weight, -bound, bound)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> MoeLlavaTopKRouter:
-        """Follow the model to another device and to a wider dtype, but stay float32 where it is cast to half precision."""
+        """Follow the model to another device and a wider dtype, but stay float32 where it is cast to half."""
 
         def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
             moved = fn(tensor)
@@ -157,13 +157,14 @@ def load_balancing_loss(
 ) -> torch.Tensor:
     """How unevenly the experts are used.
 
-    With `f` the share of tokens that chose an expert (no gradient), `P` the mean probability of an expert:
+    With `f` the share of tokens that chose an expert (no gradient), `P` the mean probability of an expert, and
+    `b = E · Σ_e f_e P_e`:
 
     | `loss_type` | formula | value when balanced | source |
     |---|---|---|---|
-    | `"switch"` | mean over layers of `E · Σ_e f_e P_e`, f from the K best | K | Switch Transformer, eq. 4, per layer |
-    | `"pooled"` | `E · Σ_e f_e P_e`, f and P over all layers | K | transformers' `load_balancing_loss_func` |
-    | `"moe_llava"` | sum over layers of `E · Σ_e f_e P_e`, f from the best | number of layers | MoE-LLaVA, eq. 8 and released code |
+    | `"switch"` | mean over layers of `b`, f from the K best | K | Switch Transformer, eq. 4, per layer |
+    | `"pooled"` | `b`, f and P over all layers | K | transformers' `load_balancing_loss_func` |
+    | `"moe_llava"` | sum over layers of `b`, f from the best | number of layers | MoE-LLaVA, eq. 8, released code |
 
     The choices are read from the logits, before a limited capacity drops any and without Gumbel noise.
 
