@@ -17,7 +17,6 @@ from transformers.models.auto import modeling_auto, processing_auto
 
 from upstream import pipelines, stand_ins
 from upstream.generation import GenerationTesterMixin
-from upstream.report import MODELS
 from upstream.tester import TESTERS
 
 
@@ -29,6 +28,9 @@ def shared(module: str) -> Any:
         ImportError: This version of it has no such module.
     """
     return importlib.import_module(f"upstream.transformers_tests.{module}")
+
+
+MODELS = tuple(TESTERS)
 
 
 class _Case(unittest.TestCase):

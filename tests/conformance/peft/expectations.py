@@ -56,6 +56,18 @@ NUM_TESTS = {
     "torch_compile": 2,
 }
 
+# tests that would be taken, but do not apply: reason → patterns of `suite.Class.test`
+NOT_RUN = {
+    "It is about prompt learning.": "*.test_prompt_tuning_* *.test_training_prompt_learning_tasks "
+    "feature_extraction.*.test_passing_input_embeds_works",
+    "It needs a model of the Hub.": "config.*.test_from_pretrained_cache_dir",
+    "It is about biases, which ours do not train.": "low_level_api.*_bias_in_module_name",
+    "It looks at the parameters or the names of LoRA's layers.": "tuners_utils.*.test_adapter_model_type_small "
+    "tuners_utils.*.test_model_status_with_modules_to_save tuners_utils.*.test_module_type_small "
+    "tuners_utils.*.test_nb_params_small tuners_utils.*.test_peft_types_small "
+    "tuners_utils.*.test_prefixes_tuner_layer_inside_auxiliary_module_not_included",
+}
+
 ROUTED = "mole-top-? mole-soft-per-linear mocle*"
 _ONE_WEIGHT = "Experts that are chosen by token or by example cannot be merged into one weight; they say so."
 _LARGER = "New experts need larger tensors: they cannot be merged in place, only by merge_and_unload."
@@ -187,6 +199,12 @@ SKIPS = [
 def listed_in(entries: list[Listed], suite: str, test: str, case: str, identifier: str) -> Listed | None:
     """The entry that covers a test with a configuration."""
     return next((entry for entry in entries if entry.covers(suite, test, case, identifier)), None)
+
+
+def is_run(suite: str, kind: str, test: str) -> bool:
+    """Whether `NOT_RUN` does not list a test."""
+    name = f"{suite}.{kind}.{test}"
+    return not any(fnmatchcase(name, pattern) for patterns in NOT_RUN.values() for pattern in patterns.split())
 
 
 def problem_with(outcome: str, skip: Listed | None, *, is_control: bool) -> str | None:
