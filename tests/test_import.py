@@ -22,7 +22,7 @@ LADDER = [
     ["_version", "versions", "routing", "kernels", "model_output"],
     ["losses"],
     ["recording"],
-    ["all_processes", "pretrained_moe"],
+    ["all_processes", "foreign_moe"],
     ["aux_gradient"],
     ["aux_loss"],
     ["tuners", "models"],

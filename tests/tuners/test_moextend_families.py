@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from peft_moe.pretrained_moe import gate_weight_name
+from peft_moe.foreign_moe import gate_weight_name
 from peft_moe.tuners.moextend import MoExtendConfig
 from peft_moe.tuners.moextend.layer import MoExtendExperts, MoExtendRouter
 from tiny_moe import BY_NAME, FAMILIES, NUM_EXPERTS, MoeFamily, moe_batch, tiny_moe_llava

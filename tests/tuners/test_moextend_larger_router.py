@@ -12,7 +12,7 @@ from peft import PeftModel
 from test_moextend_families import BY_NAME, config_for, every_family, extend, logits_of, routers_of
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from peft_moe.pretrained_moe import route
+from peft_moe.foreign_moe import route
 
 
 MIXTRAL = BY_NAME["mixtral"]

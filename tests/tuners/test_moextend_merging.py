@@ -25,7 +25,7 @@ from test_moextend_families import (
 )
 from torch import nn
 
-from peft_moe.pretrained_moe import find_moe_blocks
+from peft_moe.foreign_moe import find_moe_blocks
 from peft_moe.tuners.moextend.layer import MoExtendLayer
 from peft_moe.tuners.moextend.pad_direction import shared_direction
 from tiny_moe import NUM_EXPERTS, MoeFamily, image_batch, moe_batch, tiny_moe_llava

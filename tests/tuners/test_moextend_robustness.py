@@ -24,7 +24,7 @@ from transformers import TrainingArguments
 
 from peft_moe import Extender, get_aux_loss
 from peft_moe.losses import load_balancing_loss
-from peft_moe.pretrained_moe import find_moe_blocks
+from peft_moe.foreign_moe import find_moe_blocks
 from peft_moe.tuners.base import check_finite
 from peft_moe.tuners.moextend.layer import MoExtendExperts, MoExtendLayer
 from tiny_moe import NUM_EXPERTS, MoeFamily, moe_batch

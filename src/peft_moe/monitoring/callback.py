@@ -12,7 +12,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
-from ..pretrained_moe import RouterRecording, belongs_to_tuner
+from ..foreign_moe import RouterRecording, belongs_to_tuner
 from ..recording import ForwardPass, RoutingRecorder, get_recorder
 from .expert_load import ExpertLoad
 from .summary import DEAD_THRESHOLD, LoadSummary

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..pretrained_moe import listen_to_routers
+from ..foreign_moe import listen_to_routers
 from ..recording import ForwardPass, Route
 from .gathering import gather_json
 from .summary import DEAD_THRESHOLD, LoadSummary, summarize_load

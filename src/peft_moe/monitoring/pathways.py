@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..pretrained_moe import listen_to_routers
+from ..foreign_moe import listen_to_routers
 from ..recording import ForwardPass, Route
 from .expert_load import ALL, IMAGE, TEXT, ExpertLoad, LoadKey, image_positions, image_token_id_of
 from .gathering import gather_json

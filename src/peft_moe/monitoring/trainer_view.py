@@ -11,7 +11,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
-from ..pretrained_moe import RouterRecording
+from ..foreign_moe import RouterRecording
 from ..recording import ForwardPass, RoutingRecorder
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...pretrained_moe import MoeBlock, Routing, base_of, num_groups, probe, returns_probabilities
+from ...foreign_moe import MoeBlock, Routing, base_of, num_groups, probe, returns_probabilities
 from ...routing.float32 import Float32Module
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...pretrained_moe import COUNT_NAMES, MoeBlock, base_of, find_moe_blocks
-from ...pretrained_moe.routers import in_groups
+from ...foreign_moe import COUNT_NAMES, MoeBlock, base_of, find_moe_blocks
+from ...foreign_moe.routers import in_groups
 from .experts import full_weights
 from .layer import MoExtendExperts, MoExtendRouter
 from .pad_direction import measure_rows

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from ...pretrained_moe import COUNT_NAMES
+from ...foreign_moe import COUNT_NAMES
 
 
 # what offloading, a device map and compile() leave on a module: all of it computes the module that it was made for

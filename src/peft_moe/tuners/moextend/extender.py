@@ -16,7 +16,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
-from ...pretrained_moe import BASE, MoeBlock, find_moe_blocks, listen_to_routers, num_groups, probe
+from ...foreign_moe import BASE, MoeBlock, find_moe_blocks, listen_to_routers, num_groups, probe
 from ...recording import ForwardPass
 from ..experts_config import is_number, is_positive_int
 from .extender_report import ExtenderReport

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ...pretrained_moe import gate_weight_name, per_expert_tensors
+from ...foreign_moe import gate_weight_name, per_expert_tensors
 
 
 class GateRows(nn.Module):

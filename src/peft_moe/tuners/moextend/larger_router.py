@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...pretrained_moe import COUNT_NAMES, gate_weight_name, num_groups, per_expert_tensors, route
-from ...pretrained_moe.blocks import WIDTH_NAMES
-from ...pretrained_moe.routers import lengthen, old_first
+from ...foreign_moe import COUNT_NAMES, gate_weight_name, num_groups, per_expert_tensors, route
+from ...foreign_moe.blocks import WIDTH_NAMES
+from ...foreign_moe.routers import lengthen, old_first
 
 
 class LargerRouter:
@@ -39,7 +39,7 @@ class LargerRouter:
         offset: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """What `router` returns for E + N experts; arguments as in [`~peft_moe.pretrained_moe.route`], which runs where a
+        """What `router` returns for E + N experts; arguments as in [`~peft_moe.foreign_moe.route`], which runs where a
         copy cannot: in a compiled model, and where somebody has replaced `forward` (offloading by accelerate)."""
         if torch.compiler.is_compiling() or _has_other_forward(router):
             return route(router, rows, hidden_states, *args, num_experts=self.num_experts, offset=offset, **kwargs)

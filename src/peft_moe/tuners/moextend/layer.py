@@ -9,14 +9,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ...aux_loss import AuxLoss
-from ...pretrained_moe import (
+from ...foreign_moe import (
     MoeBlock,
     Routing,
     gate_weight_name,
     read_routing,
     returns_probabilities,
 )
-from ...pretrained_moe.routers import in_groups
+from ...foreign_moe.routers import in_groups
 from ...recording import RoutingRecorder
 from ...routing import RouterOutput
 from ..base import check_finite, refuse_reentrant_checkpointing_under_ddp, refuse_replica

@@ -13,8 +13,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from ...pretrained_moe import BASE, MoeBlock, base_of, find_moe_blocks, probe
-from ...pretrained_moe.blocks import EXPERTS_NAME
+from ...foreign_moe import BASE, MoeBlock, base_of, find_moe_blocks, probe
+from ...foreign_moe.blocks import EXPERTS_NAME
 from ..base import MoeTuner
 from ..structure import is_sharded
 from .calibration import measure_scoring, warn_of_fixed_weights

@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import nn
 
 from ...losses import load_balancing_loss
-from ...pretrained_moe import BASE
+from ...foreign_moe import BASE
 from ...recording import ForwardPass, RoutingRecorder
 from .layer import MoExtendRouter
 

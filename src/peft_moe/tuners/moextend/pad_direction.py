@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...pretrained_moe import read_routing
+from ...foreign_moe import read_routing
 from .padding import MergedRouter
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from ...pretrained_moe import MoeBlock, base_of, gate_weight_name, num_groups, per_expert_tensors, read_routing
-from ...pretrained_moe.routers import _counting, in_groups, places
+from ...foreign_moe import MoeBlock, base_of, gate_weight_name, num_groups, per_expert_tensors, read_routing
+from ...foreign_moe.routers import _counting, in_groups, places
 from .layer import MoExtendRouter
 
 

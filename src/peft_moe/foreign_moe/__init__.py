@@ -1,4 +1,4 @@
-"""What a base model brings with it: its mixtures of experts, found by structure, and its routers, run and recorded."""
+"""The mixtures of experts of a base model that this package did not make: found by structure, run, and listened to."""
 
 from .blocks import (
     COUNT_NAMES,
@@ -9,7 +9,7 @@ from .blocks import (
     num_groups,
     per_expert_tensors,
 )
-from .recording import BASE, RouterRecording, belongs_to_tuner, listen_to_routers
+from .listening import BASE, RouterRecording, belongs_to_tuner, listen_to_routers
 from .routers import Routing, probe, read_routing, returns_probabilities, route
 
 
