@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from aux_by_hand import GradientTrap
 from peft_moe import MoExtendConfig
-from peft_moe.tuners.moextend.layer import MoExtendRouter
+from peft_moe.tuners.moextend.router import MoExtendRouter
 from tiny_moe import BY_NAME, NUM_EXPERTS
 
 

@@ -2,45 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import functools
+import types
 from typing import Any
 
 import torch
 from torch import nn
-from torch.func import functional_call
 from torch.nn.functional import pad
 
-from .blocks import COUNT_NAMES, WIDTH_NAMES, MoeBlock, gate_weight_name, num_groups, per_expert_tensors
+from ..routing import RouterOutput
+from .blocks import COUNT_NAMES, WIDTH_NAMES, gate_weight_name, num_groups, per_expert_tensors
 
 
-NUM_PROBES = 16
-
-
-@dataclass(frozen=True)
-class Routing:
-    """What a router of transformers returned, read by type and shape.
-
-    Args:
-        output (`tuple`): all of it.
-        router_logits (`torch.Tensor` of shape `(T, E)`)
-        top_k_weights (`torch.Tensor` of shape `(T, K)`)
-        top_k_index (`torch.Tensor` of shape `(T, K)`, int64)
-    """
-
-    output: tuple[Any, ...]
-    router_logits: torch.Tensor
-    top_k_weights: torch.Tensor
-    top_k_index: torch.Tensor
-
-    def with_weights(self, top_k_weights: torch.Tensor) -> tuple[Any, ...]:
-        """The output with other weights."""
-        return tuple(top_k_weights if entry is self.top_k_weights else entry for entry in self.output)
-
-
-def read_routing(output: Any, num_experts: int, *, is_probability: bool = False) -> Routing | str:
-    """Find logits, weights and choices in what a router returned, or say why they are not there.
+def read_decision(output: Any, num_experts: int, *, is_probability: bool = False) -> RouterOutput | str:
+    """Find logits, choices and weights by type and shape in what a router returned, or say why they are not there.
 
     With `is_probability` the first entry holds probabilities, and `router_logits` become their logarithm.
     """
@@ -57,7 +32,7 @@ def read_routing(output: Any, num_experts: int, *, is_probability: bool = False)
         return f"returns {_described(output)}, which is not a logit per expert ({num_experts}) and a weight per choice"
     if is_probability:
         logits = logits.float().clamp(min=torch.finfo(torch.float32).tiny).log()
-    return Routing(output, logits, weights, index)
+    return RouterOutput(logits, index, weights)
 
 
 def _described(output: Any) -> str:
@@ -67,23 +42,6 @@ def _described(output: Any) -> str:
         f"{str(e.dtype)[6:]} {tuple(e.shape)}" if isinstance(e, torch.Tensor) else type(e).__name__ for e in output
     ]
     return f"({', '.join(parts)})"
-
-
-@contextmanager
-def _counting(router: nn.Module, num_experts: int, num_new: int, width: int, extra_width: int) -> Iterator[None]:
-    """Within this context the router believes in more experts, and perhaps in a wider input."""
-    before = []
-    for module in router.modules():
-        for names, value, extra in ((COUNT_NAMES, num_experts, num_new), (WIDTH_NAMES, width, extra_width)):
-            for name in names:
-                if extra and module.__dict__.get(name) == value:
-                    before.append((module, name, value))
-                    module.__dict__[name] = value + extra
-    try:
-        yield
-    finally:
-        for module, name, value in before:
-            module.__dict__[name] = value
 
 
 def in_groups(parts: list[torch.Tensor], axis: int, groups: int) -> torch.Tensor:
@@ -101,152 +59,154 @@ def in_groups(parts: list[torch.Tensor], axis: int, groups: int) -> torch.Tensor
     return torch.cat([chunk for group in zip(*chunks, strict=True) for chunk in group], dim=axis)
 
 
-def places(counts: list[int], groups: int, *, device: torch.device | str | None = None) -> torch.Tensor:
-    """`(E + N,)`, int64: where each expert stands in the order of [`in_groups`], for parts of these lengths."""
-    numbers = torch.arange(sum(counts), device=device)
-    return in_groups(list(numbers.split(counts)), 0, groups).argsort()
-
-
-def old_first(output: Any, counts: list[int], groups: int) -> Any:
+def _old_first(output: Any, counts: list[int], groups: int) -> Any:
     """What a router returned for the order of [`in_groups`], in the order old experts, first adapter, second, …"""
-    if groups == 1:
+    decision = read_decision(output, sum(counts)) if groups > 1 else ""
+    if isinstance(decision, str):
         return output
-    routing = read_routing(output, sum(counts))
-    if isinstance(routing, str):
-        return output
-    place = places(counts, groups, device=routing.top_k_index.device)
-    logits = routing.router_logits.index_select(-1, place)
-    index = place.argsort()[routing.top_k_index]
-    replaced = {id(routing.router_logits): logits, id(routing.top_k_index): index}
+    numbers = torch.arange(sum(counts), device=decision.top_k_index.device)
+    expert_at = in_groups(list(numbers.split(counts)), 0, groups)
+    logits = decision.router_logits.index_select(-1, expert_at.argsort())
+    replaced = {id(decision.router_logits): logits, id(decision.top_k_index): expert_at[decision.top_k_index]}
     return tuple(replaced.get(id(entry), entry) for entry in output)
 
 
-def lengthen(
-    tensors: dict[str, tuple[torch.Tensor, int]],
-    weight_name: str,
-    rows: list[dict[str, torch.Tensor]],
-    hidden_states: torch.Tensor,
-    *,
-    groups: int,
-    offset: torch.Tensor | None = None,
-) -> tuple[dict[str, torch.Tensor], torch.Tensor, list[int]]:
-    """What a router needs to score further experts.
+class LargerRouter:
+    """Calls a router with further rows, by a shallow copy that costs less than `functional_call`.
+
+    The copy is made anew in each call, so that nothing in it can be out of date, and the router stays as it was.
 
     Args:
-        tensors (`dict[str, tuple[torch.Tensor, int]]`): everything in it with an entry for each expert, and on which axis.
-        weight_name (`str`): name of its matrix `(E, D)`.
-        rows (`list[dict[str, torch.Tensor]]`): of each adapter, what to add to each tensor, by name.
-        hidden_states (`torch.Tensor` of shape `(..., D)`)
-        groups (`int`): from which the router chooses some first.
-        offset (`torch.Tensor` of shape `(N,)`, *optional*): added to the logits of the N new experts.
-
-    Returns:
-        The longer tensors, the hidden states to call it with, and the numbers of old experts and of those of each adapter.
-        With an offset the matrix and the hidden states are one column wider.
-    """
-    longer = {
-        name: in_groups([tensor, *(entry[name].to(tensor.dtype) for entry in rows)], axis, groups)
-        for name, (tensor, axis) in tensors.items()
-    }
-    counts = [tensors[weight_name][0].shape[0], *(entry[weight_name].shape[0] for entry in rows)]
-    if offset is not None:
-        # a constant input whose weight is the offset: the router adds it by itself, before it chooses
-        column = pad(offset, (counts[0], 0))
-        if groups > 1:
-            column = in_groups(list(column.split(counts)), 0, groups)
-        weight = longer[weight_name]
-        longer[weight_name] = torch.cat([weight, column.to(weight.dtype).unsqueeze(-1)], dim=-1)
-        hidden_states = pad(hidden_states, (0, 1), value=1.0)
-    return longer, hidden_states, counts
-
-
-def route(
-    router: nn.Module,
-    rows: list[dict[str, torch.Tensor]],
-    hidden_states: torch.Tensor,
-    *args: Any,
-    num_experts: int,
-    offset: torch.Tensor | None = None,
-    **kwargs: Any,
-) -> Any:
-    """Call a router with further experts.
-
-    Where it chooses groups of experts first, new ones join the groups (see [`in_groups`]); what comes back numbers them
-    after the old ones all the same. Other arguments with an entry for each expert have to come in the order of the groups.
-
-    Args:
-        router (`nn.Module`): of the base model, for E experts; it is left as it was.
-        rows (`list[dict[str, torch.Tensor]]`): of each adapter, what to add to each tensor that has an entry for each
-            expert, by name.
-        hidden_states (`torch.Tensor` of shape `(..., D)`)
+        router (`nn.Module`): of the base model, for E experts, with one matrix `(E, D)`; only its structure is read here.
         num_experts (`int`): E.
-        offset (`torch.Tensor` of shape `(N,)`, *optional*): added to the logits of the N new experts.
     """
-    weight_name, groups = gate_weight_name(router, num_experts), num_groups(router)
-    assert weight_name is not None
-    tensors = per_expert_tensors(router, num_experts)
-    width = hidden_states.shape[-1]
-    longer, hidden_states, counts = lengthen(tensors, weight_name, rows, hidden_states, groups=groups, offset=offset)
-    with _counting(router, num_experts, sum(counts[1:]), width, 0 if offset is None else 1):
-        output = functional_call(router, longer, (hidden_states, *args), kwargs)
-    return old_first(output, counts, groups)
+
+    def __init__(self, router: nn.Module, num_experts: int) -> None:
+        weight_name = gate_weight_name(router, num_experts)
+        assert weight_name is not None
+        self.num_experts = num_experts
+        self.groups = num_groups(router)
+        self.weight_name = weight_name
+        self.axes = {name: axis for name, (_, axis) in per_expert_tensors(router, num_experts).items()}
+        width = router.get_parameter(weight_name).shape[-1]
+        modules = list(router.named_modules())
+        self._counts = {name: _attributes(module, COUNT_NAMES, num_experts) for name, module in modules}
+        self._widths = {name: _attributes(module, WIDTH_NAMES, width) for name, module in modules}
+
+    def __call__(
+        self,
+        router: nn.Module,
+        rows: list[dict[str, torch.Tensor]],
+        hidden_states: torch.Tensor,
+        *args: Any,
+        offset: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """What `router` returns for E + N experts.
+
+        Where it chooses groups of experts first, new ones join the groups (see [`in_groups`]); what comes back numbers them
+        after the old ones all the same. Other arguments with an entry for each expert have to come in the order of the groups.
+
+        Args:
+            router (`nn.Module`): the one that this was made for, or a copy of it.
+            rows (`list[dict[str, torch.Tensor]]`): of each adapter, what to add to each tensor that has an entry for each
+                expert, by name.
+            hidden_states (`torch.Tensor` of shape `(..., D)`)
+            offset (`torch.Tensor` of shape `(N,)`, *optional*): added to the logits of the N new experts.
+        """
+        longer = {}
+        for name, axis in self.axes.items():
+            tensor = _tensor(router, name)
+            longer[name] = in_groups([tensor, *(entry[name].to(tensor.dtype) for entry in rows)], axis, self.groups)
+        counts = [self.num_experts, *(entry[self.weight_name].shape[0] for entry in rows)]
+        width = None
+        if offset is not None:
+            # a constant input whose weight is the offset: the router adds it by itself, before it chooses
+            column = in_groups(list(pad(offset, (counts[0], 0)).split(counts)), 0, self.groups)
+            weight = longer[self.weight_name]
+            longer[self.weight_name] = torch.cat([weight, column.to(weight.dtype).unsqueeze(-1)], dim=-1)
+            hidden_states = pad(hidden_states, (0, 1), value=1.0)
+            width = hidden_states.shape[-1]
+        larger = self.copied(router, longer, num_experts=sum(counts), width=width)
+        return _old_first(larger(hidden_states, *args, **kwargs), counts, self.groups)
+
+    def weight_of(self, router: nn.Module) -> torch.Tensor:
+        """The matrix `(E, D)` of `router`."""
+        return _tensor(router, self.weight_name)
+
+    def copied(
+        self,
+        router: nn.Module,
+        tensors: dict[str, torch.Tensor],
+        *,
+        num_experts: int,
+        width: int | None = None,
+        is_bare: bool = False,
+    ) -> nn.Module:
+        """A copy that shares everything with `router` but for these tensors and sizes.
+
+        With `is_bare` it is in evaluation mode, and shares neither hooks nor a `forward` that somebody has put in place of
+        the class's own.
+        """
+        return self._copied(router, "", tensors, num_experts, width, is_bare)
+
+    def _copied(
+        self,
+        module: nn.Module,
+        name: str,
+        tensors: dict[str, torch.Tensor],
+        num_experts: int,
+        width: int | None,
+        is_bare: bool,
+    ) -> nn.Module:
+        state = dict(module.__dict__)
+        state.update(dict.fromkeys(self._counts[name], num_experts))
+        if width is not None:
+            state.update(dict.fromkeys(self._widths[name], width))
+        prefix = f"{name}." if name else ""
+        for kind in ("_parameters", "_buffers"):
+            if state[kind]:
+                state[kind] = {own: tensors.get(prefix + own, tensor) for own, tensor in state[kind].items()}
+                for own in state[kind]:
+                    state.pop(own, None)  # FSDP1 leaves what it gathers in both places, and this one would win
+        if state["_modules"]:
+            state["_modules"] = {
+                own: None if child is None else self._copied(child, prefix + own, tensors, num_experts, width, is_bare)
+                for own, child in state["_modules"].items()
+            }
+        copied: nn.Module = object.__new__(type(module))
+        for own in ("forward", "_old_forward"):
+            # a device map of accelerate puts a function that is bound to the router into the place of its forward
+            if own in state and not is_bare:
+                state[own] = _bound_to(copied, state[own], module)
+            else:
+                state.pop(own, None)
+        if is_bare:
+            state.update(training=False, _forward_hooks={}, _forward_pre_hooks={})
+        object.__setattr__(copied, "__dict__", state)
+        return copied
 
 
-def probe(
-    router: nn.Module, block: MoeBlock, num_new: int, *, is_random: bool = False, has_offset: bool = False
-) -> Routing | str:
-    """Run a router with `num_new` further experts on made-up weights and inputs, or say why that fails.
-
-    All of it is on the CPU and in float32, wherever the router is, and 0; with `is_random` the inputs, the matrix and scales
-    are random. `has_offset` as in [`route`].
-    """
-    num_experts = block.num_experts
-    groups = num_groups(router)
-    if (num_experts + num_new) % groups:
-        return (
-            f"chooses among {groups} groups of equal size, which {num_experts} + {num_new} experts do not make. Choose "
-            f"num_new_experts so that the sum is a multiple of {groups}"
-        )
-    generator = torch.Generator().manual_seed(0)
-    weight_name = gate_weight_name(router, num_experts)
-    made_up = {
-        name: torch.zeros(tensor.shape) for name, tensor in [*router.named_parameters(), *router.named_buffers()]
-    }
-    assert weight_name is not None
-    width = made_up[weight_name].shape[-1]
-    x = torch.zeros(NUM_PROBES, width)
-    if is_random:
-        x.normal_(generator=generator)
-        made_up[weight_name].normal_(std=width**-0.5, generator=generator)
-    for name, (tensor, axis) in per_expert_tensors(router, num_experts).items():
-        shape = [num_new if i == axis else size for i, size in enumerate(tensor.shape)]
-        made_up[name] = torch.cat([made_up[name], torch.zeros(shape)], dim=axis)
-    scales = [name for name, p in router.named_parameters() if p.dim() == 1 and not name.endswith("bias")]
-    for name in scales if is_random else ():
-        made_up[name].uniform_(0.5, 1.5, generator=generator)
-    if has_offset:
-        x = torch.zeros(NUM_PROBES, width + 1)
-        made_up[weight_name] = torch.zeros(num_experts + num_new, width + 1)
-    corrections = () if block.correction is None else (torch.zeros(num_experts + num_new),)
-    was_training = router.training
-    router.eval()
-    try:
-        with torch.no_grad(), _counting(router, num_experts, num_new, width, int(has_offset)):
-            try:
-                output = functional_call(router, made_up, (x, *corrections))
-            except ValueError:  # some read the shape of a batch
-                output = functional_call(router, made_up, (x[None], *corrections))
-    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
-        return f"cannot run with {num_experts} + {num_new} experts: {str(error).splitlines()[0]}"
-    finally:
-        router.train(was_training)
-    return read_routing(output, num_experts + num_new)
+def _bound_to(copied: nn.Module, forward: Any, module: nn.Module) -> Any:
+    """`forward`, which somebody has put in place of that of `module`, for a copy of it."""
+    if isinstance(forward, types.MethodType) and forward.__self__ is module:
+        return types.MethodType(forward.__func__, copied)
+    if isinstance(forward, functools.partial) and forward.args[:1] == (module,):
+        return functools.partial(forward.func, copied, *forward.args[1:], **forward.keywords)
+    raise RuntimeError(
+        f"The forward of {type(module).__name__} was replaced by {forward!r}, which cannot run with the rows of new experts. "
+        "Bind it to the router: router.forward = types.MethodType(function, router), or functools.partial(function, router)."
+    )
 
 
-def returns_probabilities(router: nn.Module, block: MoeBlock) -> bool:
-    """Whether a router returns probabilities where others return logits, as measured on random numbers."""
-    routing = probe(router, block, num_groups(router), is_random=True)
-    if isinstance(routing, str):
-        return False
-    sums = routing.router_logits.float().sum(dim=-1)
-    return bool((routing.router_logits >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-3)
+def _attributes(module: nn.Module, names: tuple[str, ...], value: int) -> list[str]:
+    return [name for name in names if module.__dict__.get(name) == value]
+
+
+def _tensor(module: nn.Module, name: str) -> torch.Tensor:
+    *path, own = name.split(".")
+    for part in path:
+        module = module._modules[part]  # type: ignore[assignment]
+    found = module._parameters[own] if own in module._parameters else module._buffers[own]
+    assert found is not None
+    return found
