@@ -8,7 +8,8 @@ import torch
 from mole_defaults_data import DOMAINS, Row, collate
 from torch import nn
 
-from peft_moe.recording import ForwardPass, get_recorder
+from peft_moe.forward_context import ForwardPass
+from peft_moe.routing_recorder import get_recorder, statistics_of
 
 
 @torch.no_grad()
@@ -38,7 +39,7 @@ class ExpertCounts:
 
     def __call__(self, forward_pass: ForwardPass) -> None:
         """A listener of the recorder."""
-        for name, entry in forward_pass.records["default"].items():
+        for name, entry in statistics_of(forward_pass)["default"].items():
             amount = entry.probability_sums if self.is_soft else entry.expert_counts
             table = self.counts.setdefault(name, torch.zeros(len(DOMAINS), amount.shape[-1], dtype=torch.float64))
             table[self.domain] += amount.sum(dim=0).double()

@@ -161,7 +161,8 @@ def test_evaluation_and_generation_leave_no_record():
 def test_switch_loss_of_one_router_is_that_of_transformers():
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-    from peft_moe.losses import load_balancing_loss, routing_statistics
+    from peft_moe.aux_loss import load_balancing_loss
+    from peft_moe.routing_recorder import routing_statistics
 
     torch.manual_seed(0)
     logits = [torch.randn(20, 4) for _ in range(3)]

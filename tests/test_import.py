@@ -19,12 +19,10 @@ HEAVY = ["triton", "sklearn", "datasets", "matplotlib", "sentence_transformers",
 
 # lower floors know nothing of higher ones; parts on the same floor do not know each other
 LADDER = [
-    ["_version", "versions", "routing", "kernels", "model_output"],
-    ["losses"],
-    ["recording"],
-    ["all_processes", "foreign_moe"],
-    ["aux_gradient"],
-    ["aux_loss"],
+    ["_version", "versions", "routing", "kernels", "sequence_state"],
+    ["forward_context"],
+    ["routing_recorder"],
+    ["aux_loss", "foreign_moe"],
     ["tuners", "models"],
     ["monitoring", "metrics", "optimization", "env_report"],
     ["checkpoints"],

@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.hotswap import hotswap_adapter
 from tuner_cases import CASES, every_tuner, one_case_per_tuner
 
-from peft_moe.recording import get_recorder
+from peft_moe.routing_recorder import get_recorder
 
 
 def tuner_layers(model):

@@ -21,8 +21,8 @@ from peft_moe import get_aux_loss, record_expert_load
 from peft_moe.models.moe_llava.router import MoeLlavaTopKRouter
 from peft_moe.monitoring import ExpertLoad
 from peft_moe.monitoring.window import TrainWindow
-from peft_moe.recording import get_recorder
 from peft_moe.routing import ClusterEmbedding, TopKRouter
+from peft_moe.routing_recorder import get_recorder
 from told import tell
 
 

@@ -16,7 +16,7 @@ from peft_moe import MoeTuningStage, MoExtendConfig, MoLEConfig
 from peft_moe.models import MoeLlavaForConditionalGeneration
 from peft_moe.monitoring import ExpertLoad, record_expert_load
 from peft_moe.foreign_moe import BASE, RouterRecording, listen_to_routers
-from peft_moe.recording import get_recorder
+from peft_moe.routing_recorder import get_recorder, records_of
 from tiny_models import tiny_llama
 from tiny_moe import BY_NAME, FAMILIES, NUM_EXPERTS, MoeFamily, moe_batch
 
@@ -122,7 +122,7 @@ def test_choices_come_best_first(family: MoeFamily):
     model = family.build()
     logits, routes = {}, {}
     with torch.no_grad(), RouterRecordingWithLogits(model, logits):
-        with listen_to_routers(model, lambda forward_pass: routes.update(forward_pass.routes[BASE])):
+        with listen_to_routers(model, lambda forward_pass: routes.update(records_of(forward_pass)[BASE])):
             model(**moe_batch())
     for name, route in routes.items():
         chosen = logits[name].gather(-1, route.top_k_index)
@@ -135,7 +135,10 @@ def test_choices_that_a_router_returns_worst_first_are_turned_round():
     for is_turned in (False, True):
         for layer in model.model.layers if is_turned else ():
             layer.mlp.gate.register_forward_hook(lambda module, args, out: (out[0], out[1].flip(-1), out[2].flip(-1)))
-        with torch.no_grad(), listen_to_routers(model, lambda forward_pass: found.append(forward_pass.routes[BASE])):
+        with (
+            torch.no_grad(),
+            listen_to_routers(model, lambda forward_pass: found.append(records_of(forward_pass)[BASE])),
+        ):
             model(**moe_batch())
     # experts add up in another order, so that only the first layer is sure to see the same numbers
     first, turned = (routes["model.layers.0.mlp"].top_k_index for routes in found)
@@ -267,7 +270,7 @@ def test_nobody_listening_costs_nothing():
     recording = RouterRecording(model)
     with torch.no_grad():
         model(**moe_batch())
-    assert recording.recorder.latest is None
+    assert recording.recorder.context.latest is None
     recording.close()
 
 

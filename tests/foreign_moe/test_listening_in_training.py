@@ -14,7 +14,7 @@ from models.tiny_llava import image_batch, labels_of, tiny_llava
 from peft_moe import MoeTuningStage
 from peft_moe.models import MoeLlavaForConditionalGeneration
 from peft_moe.monitoring import ExpertLoad, ExpertLoadCallback, record_expert_load
-from peft_moe.recording import get_recorder
+from peft_moe.routing_recorder import get_recorder
 from tiny_models import token_batch
 from tiny_moe import BY_NAME, moe_batch
 

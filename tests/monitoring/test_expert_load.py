@@ -10,7 +10,7 @@ from monitored import HandCount, build
 
 from peft_moe.monitoring import ExpertLoad, record_expert_load
 from peft_moe.monitoring.expert_load import LoadKey
-from peft_moe.recording import get_recorder
+from peft_moe.routing_recorder import get_recorder
 from tiny_models import tiny_llama, token_batch
 
 

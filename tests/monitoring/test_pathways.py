@@ -15,6 +15,7 @@ from peft import get_peft_model
 
 from models.tiny_llava import IMAGE_TOKEN, image_batch, labels_of, tiny_llava
 from peft_moe import MoLEConfig
+from peft_moe.forward_context import ForwardContext, ForwardPass
 from peft_moe.models import MoeLlavaForConditionalGeneration
 from peft_moe.monitoring import (
     ExpertPathways,
@@ -25,8 +26,8 @@ from peft_moe.monitoring import (
     record_pathways,
 )
 from peft_moe.monitoring.pathways import distinct_rows
-from peft_moe.recording import ForwardPass, Route, get_recorder
-from peft_moe.routing import TopKRouter
+from peft_moe.routing import RouterOutput, TopKRouter
+from peft_moe.routing_recorder import RoutingRecorder, get_recorder
 from tiny_models import tiny_llama, token_batch
 
 
@@ -268,15 +269,14 @@ def test_adapters_and_towers_are_stacks_of_their_own():
 def made_up(rows: torch.Tensor, num_experts: int) -> ForwardPass:
     """A pass in which layer l sent token t to `rows[t, l]`."""
 
-    class Record:
-        expert_counts = torch.zeros(1, num_experts)
-
-    forward_pass = ForwardPass({}, has_gradient=False)
-    names = [f"layers.{layer}.mlp" for layer in range(rows.shape[1])]
-    forward_pass.records["base"] = dict.fromkeys(names, Record())
-    mask = torch.ones(1, rows.shape[0])
-    forward_pass.routes["base"] = {name: Route(rows[:, [layer]], mask) for layer, name in enumerate(names)}
-    return forward_pass
+    recorder = RoutingRecorder(ForwardContext())
+    recorder.listeners.append(print)
+    recorder.context.begin({})
+    logits = torch.zeros(rows.shape[0], num_experts)
+    for layer in range(rows.shape[1]):
+        output = RouterOutput(logits, rows[:, [layer]], None)
+        recorder.record("base", f"layers.{layer}.mlp", output, shape=rows.shape[:1], is_training=False)
+    return recorder.context.current
 
 
 def test_48_layers_of_64_experts_do_not_overflow():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from mocle_calls import GREEDY, architecture, prompt, wrap
@@ -64,6 +66,27 @@ class TestGenerate:
                 tokens = torch.cat([tokens, new], dim=1)
                 step = {"input_ids": new, "past_key_values": output.past_key_values}
         assert torch.equal(tokens, expected)
+
+    @pytest.mark.parametrize(
+        ("change", "rows"),
+        [
+            (lambda cache: cache.reorder_cache(torch.tensor([2, 0, 0])), [2, 0, 0]),
+            (lambda cache: cache.batch_select_indices(torch.tensor([1, 0])), [1, 0]),
+            (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+        ],
+        ids=["reorder", "select", "repeat"],
+    )
+    def test_clusters_follow_the_sequences_of_a_cache(self, change, rows):
+        model, ids, new = build(), torch.tensor([0, 3, 5]), torch.full((len(rows), 1), 7)
+        with torch.no_grad():
+            cache = model(prompt(), cluster_ids=ids, use_cache=True).past_key_values
+            kept = copy.deepcopy(cache)
+            change(cache)
+            found = model(new, past_key_values=cache).logits
+            expected = model(torch.cat([prompt()[rows], new], dim=1), cluster_ids=ids[rows]).logits[:, -1:]
+            torch.testing.assert_close(found, expected)
+            again = model(torch.cat([prompt(), new[:1].expand(3, 1)], dim=1), cluster_ids=ids).logits[:, -1:]
+            torch.testing.assert_close(model(new[:1].expand(3, 1), past_key_values=kept).logits, again)
 
     def test_weights_that_change_between_two_calls_count(self):
         model, ids = build(), torch.tensor([0, 3, 5])

@@ -23,8 +23,9 @@ from torch import nn
 from transformers import TrainingArguments
 
 from peft_moe import Extender, get_aux_loss
-from peft_moe.losses import load_balancing_loss
+from peft_moe.aux_loss import load_balancing_loss
 from peft_moe.foreign_moe import find_moe_blocks
+from peft_moe.routing_recorder import statistics_of
 from peft_moe.tuners.base import check_finite
 from peft_moe.tuners.moextend.experts import MoExtendExperts
 from peft_moe.tuners.moextend.layer import MoExtendLayer
@@ -152,7 +153,7 @@ def test_adapters_that_act_together_are_balanced_once(coefs, order):
     model.train()
     found = model(**moe_batch())
     aux_loss = get_aux_loss(model)
-    (records,) = model.base_model.recorder.latest.records.values()
+    (records,) = statistics_of(model.base_model.recorder.context.latest).values()
     assert float(aux_loss.detach()) == pytest.approx(0.5 * float(load_balancing_loss([*records.values()])), rel=1e-5)
     assert float(aux_loss.detach()) > 0.4
     gates = [router.moextend_gate[name].weight for router in routers_of(model) for name in order]
@@ -169,7 +170,7 @@ def test_adapters_of_different_layers_are_both_balanced():
     model.base_model.set_adapter(["default", "other"])
     model.base_model.recorder.listeners.append(lambda forward_pass: None)  # else a record without a loss is not made
     model.train()(**moe_batch())
-    records = model.base_model.recorder.latest.records
+    records = statistics_of(model.base_model.recorder.context.latest)
     names = ["model.layers.0.mlp", "model.layers.1.mlp", "model.layers.2.mlp"]
     assert {name: sorted(entry) for name, entry in records.items()} == {"default": names[:1], "other": names[1:]}
     entries = [records["default"][names[0]], records["other"][names[1]], records["other"][names[2]]]

@@ -12,8 +12,9 @@ from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from ..recording import ForwardPass, RoutingRecorder, get_recorder, install_recorder, remove_recorder
+from ..forward_context import ForwardPass, remove_context
 from ..routing import RouterOutput
+from ..routing_recorder import RoutingRecorder, get_recorder, install_recorder
 from .blocks import ROUTER_NAMES, MoeBlock, read_block, walk_blocks
 from .probe import probe
 from .routers import read_decision
@@ -66,7 +67,7 @@ class RouterRecording:
                 hook.handle.remove()
         is_used = self.recorder.listeners or any(hook.num_users for hook in hooks)
         if hooks and not is_used and not belongs_to_tuner(self._root, self.recorder):
-            remove_recorder(self._root)
+            remove_context(self._root)
 
 
 def _find_routers(root: nn.Module) -> tuple[list[tuple[nn.Module, MoeBlock]], list[str]]:
@@ -161,7 +162,7 @@ class _RecordDecision:
 
     def _shape(self, num_tokens: int) -> torch.Size:
         """That of the call, where its tokens are those of the router: blocks hand on `(T, D)`."""
-        forward_pass = self.recorder.current
+        forward_pass = self.recorder.context.current
         input_ids = None if forward_pass is None else forward_pass.inputs.get("input_ids")
         if isinstance(input_ids, torch.Tensor) and input_ids.dim() == 2 and input_ids.numel() == num_tokens:
             return input_ids.shape
@@ -177,7 +178,7 @@ def listen_to_routers(model: nn.Module, listener: Callable[[ForwardPass], None])
 
     Args:
         model (`nn.Module`): a model, a `PeftModel` or a distributed wrapper around one.
-        listener: called with each finished [`~peft_moe.recording.ForwardPass`].
+        listener: called with each finished [`~peft_moe.forward_context.ForwardPass`].
 
     Raises:
         ValueError: the model has no router that is known.
@@ -196,7 +197,7 @@ def listen_to_routers(model: nn.Module, listener: Callable[[ForwardPass], None])
 
 def belongs_to_tuner(root: nn.Module, recorder: RoutingRecorder) -> bool:
     """Whether a tuner records too, so that the recorder has to stay when nobody listens."""
-    return bool(recorder.output_hooks) or any(
+    return any(hook is not recorder for hook in recorder.context.output_hooks) or any(
         getattr(module, "recorder", None) is recorder for module in root.modules()
     )
 

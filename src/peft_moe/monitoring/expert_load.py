@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..forward_context import ForwardPass
 from ..foreign_moe import listen_to_routers
-from ..recording import ForwardPass, Route
+from ..routing_recorder import RouterRecord, records_of
 from .gathering import gather_json
 from .summary import DEAD_THRESHOLD, LoadSummary, summarize_load
 
@@ -57,15 +58,14 @@ class ExpertLoad:
     def add_pass(self, forward_pass: ForwardPass, *, domain: str = ALL) -> None:
         """Add what one finished forward pass routed; a router that ran several times is one router."""
         is_image = image_positions(forward_pass, self.image_token_id)
-        for adapter, records in forward_pass.records.items():
+        for adapter, records in records_of(forward_pass).items():
             for name, record in records.items():
                 router = name.partition("#")[0]
-                counts = record.expert_counts.long().sum(dim=0)
-                route = forward_pass.routes.get(adapter, {}).get(name)
-                if is_image is None or route is None or is_image.shape != route.token_mask.shape:
+                counts = record.statistics.expert_counts.long().sum(dim=0)
+                if is_image is None or record.token_mask is None or is_image.shape != record.token_mask.shape:
                     self.add_counts(LoadKey(adapter, router, domain, ALL), counts)
                     continue
-                image_counts = _count_where(is_image, route, num_experts=counts.shape[0])
+                image_counts = _count_where(is_image, record, num_experts=counts.shape[0])
                 self.add_counts(LoadKey(adapter, router, domain, TEXT), counts - image_counts)
                 self.add_counts(LoadKey(adapter, router, domain, IMAGE), image_counts)
 
@@ -233,10 +233,11 @@ def record_expert_load(model: nn.Module, domain: str = ALL, *, into: ExpertLoad 
         yield load
 
 
-def _count_where(is_chosen: torch.Tensor, route: Route, *, num_experts: int) -> torch.Tensor:
+def _count_where(is_chosen: torch.Tensor, record: RouterRecord, *, num_experts: int) -> torch.Tensor:
     """Counts `(E,)` of the tokens that are chosen `(B, S)` and no padding."""
-    index = route.top_k_index
-    is_counted = route.token_mask.to(index.device).long() * is_chosen.to(index.device).long()
+    index, token_mask = record.top_k_index, record.token_mask
+    assert index is not None and token_mask is not None
+    is_counted = token_mask.to(index.device).long() * is_chosen.to(index.device).long()
     weight = is_counted.reshape(-1, 1).expand(index.shape)
     counts = torch.zeros(num_experts, dtype=torch.long, device=index.device)
     return counts.scatter_add_(0, index.reshape(-1), weight.reshape(-1))

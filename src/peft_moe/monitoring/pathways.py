@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..forward_context import ForwardPass
 from ..foreign_moe import listen_to_routers
-from ..recording import ForwardPass, Route
+from ..routing_recorder import RouterRecord, records_of
 from .expert_load import ALL, IMAGE, TEXT, ExpertLoad, LoadKey, image_positions, image_token_id_of
 from .gathering import gather_json
 
@@ -136,18 +137,16 @@ class ExpertPathways:
     def add_pass(self, forward_pass: ForwardPass) -> None:
         """Add what one finished forward pass routed; a block that ran several times is several steps of the path."""
         is_image = image_positions(forward_pass, self.image_token_id)
-        for adapter, routes in forward_pass.routes.items():
-            records = forward_pass.records[adapter]
-            for stack in _stacks(routes):
-                num_experts = tuple(records[name].expert_counts.shape[-1] for name in stack)
-                self._add_tokens(StackKey(adapter, tuple(stack)), list(stack.values()), num_experts, is_image)
+        for adapter, records in records_of(forward_pass).items():
+            for stack in _stacks(records):
+                self._add_tokens(StackKey(adapter, tuple(stack)), list(stack.values()), is_image)
 
-    def _add_tokens(
-        self, key: StackKey, routes: list[Route], num_experts: tuple[int, ...], is_image: torch.Tensor | None
-    ) -> None:
-        chosen = [self._followed(route.top_k_index) for route in routes]
+    def _add_tokens(self, key: StackKey, records: list[RouterRecord], is_image: torch.Tensor | None) -> None:
+        num_experts = tuple(record.statistics.expert_counts.shape[-1] for record in records)
+        chosen = [self._followed(record.top_k_index) for record in records if record.top_k_index is not None]
         rows = torch.cat([index.to(chosen[0].device) for index in chosen], dim=-1)
-        mask = routes[0].token_mask.to(rows.device).bool()
+        assert records[0].token_mask is not None
+        mask = records[0].token_mask.to(rows.device).bool()
         groups = {ALL: mask}
         if is_image is not None and is_image.shape == mask.shape:
             is_image = is_image.to(rows.device)
@@ -409,12 +408,12 @@ def distinct_rows(
     return rows[position], totals
 
 
-def _stacks(routes: dict[str, Route]) -> list[dict[str, Route]]:
+def _stacks(records: dict[str, RouterRecord]) -> list[dict[str, RouterRecord]]:
     """Routers in the same list of layers that saw equally many tokens, in the order in which they ran."""
-    stacks: dict[tuple[str, torch.Size], dict[str, Route]] = {}
-    for name, route in routes.items():
-        if route.top_k_index.shape[-1]:
-            stacks.setdefault((_layer_list(name), route.token_mask.shape), {})[name] = route
+    stacks: dict[tuple[str, torch.Size], dict[str, RouterRecord]] = {}
+    for name, record in records.items():
+        if record.top_k_index is not None and record.token_mask is not None and record.top_k_index.shape[-1]:
+            stacks.setdefault((_layer_list(name), record.token_mask.shape), {})[name] = record
     return list(stacks.values())
 
 

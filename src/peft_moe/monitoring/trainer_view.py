@@ -11,8 +11,9 @@ from typing import Any
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
+from ..forward_context import ForwardPass
 from ..foreign_moe import RouterRecording
-from ..recording import ForwardPass, RoutingRecorder
+from ..routing_recorder import RoutingRecorder
 
 
 def calling_handler(callback: TrainerCallback) -> CallbackHandler | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from ..aux_loss import AuxLoss
-from ..recording import ForwardPass, RoutingRecorder
+from ..forward_context import ForwardPass
+from ..routing_recorder import RoutingRecorder, statistics_of
 from .expert_load import ExpertLoad
 from .gathering import gather_json
 
@@ -25,13 +26,13 @@ class TrainWindow:
     def add_pass(self, forward_pass: ForwardPass, recorder: RoutingRecorder, *, domain: str) -> None:
         """Add one finished pass of `recorder`."""
         self.load.add_pass(forward_pass, domain=domain)
-        for hook in recorder.output_hooks:
-            if isinstance(hook, AuxLoss):
-                with torch.no_grad():
-                    total = hook.total(forward_pass, forward_pass.records)
-                if total is not None:
-                    self._aux_loss_sum = self._aux_loss_sum + total
-                    self._num_aux_losses += 1
+        aux_loss = recorder.context.find_hook(AuxLoss)
+        if aux_loss is not None:
+            with torch.no_grad():
+                total = aux_loss.total(forward_pass, statistics_of(forward_pass))
+            if total is not None:
+                self._aux_loss_sum = self._aux_loss_sum + total
+                self._num_aux_losses += 1
 
     def mean_aux_loss(self) -> float | None:
         """Mean of the weighted auxiliary loss over the passes of all processes, each of which has to call this.

@@ -15,7 +15,8 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from ..aux_loss import AuxLoss, AuxLossFunction, install_aux_loss, weighted_aux_loss
-from ..recording import RoutingRecorder, install_recorder, remove_recorder
+from ..forward_context import remove_context
+from ..routing_recorder import RoutingRecorder, install_recorder
 from .model_card import complete_model_card
 
 
@@ -56,7 +57,7 @@ def refuse_reentrant_checkpointing_under_ddp(recorder: RoutingRecorder, *, share
     Raises:
         RuntimeError: with what to set instead.
     """
-    forward_pass = recorder.current
+    forward_pass = recorder.context.current
     if torch.is_grad_enabled() or forward_pass is None or not forward_pass.has_gradient:
         return
     if not (dist.is_available() and dist.is_initialized()):
@@ -157,7 +158,7 @@ class MoeTuner(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
             if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-                remove_recorder(model)
+                remove_context(model)
             raise
         function = self.aux_loss_function(self.peft_config[adapter_name])
         self.aux_loss.remove(adapter_name)
@@ -189,7 +190,7 @@ class MoeTuner(BaseTuner):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        remove_recorder(model)
+        remove_context(model)
         return model
 
     @classmethod

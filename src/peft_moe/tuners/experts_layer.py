@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..kernels import DispatchPlan, lora_experts
-from ..recording import RoutingRecorder
+from ..routing_recorder import RoutingRecorder
 from .experts import StackedWeight
 from .experts_config import LoraExpertsConfig
 

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...recording import CACHE_NOTES, ForwardPass, RoutingRecorder
+from ...forward_context import ForwardContext, ForwardPass
 from ...routing import ClusterCentroids
+from ...routing_recorder import RoutingRecorder
+from ...sequence_state import sequence_state
 from .config import MoCLEConfig
 
 
@@ -77,10 +79,6 @@ class BatchClusters:
             "the examples cannot be routed: exclude it with exclude_modules."
         )
 
-    def expandable(self) -> BatchClusters:
-        """The same for passes whose batch may be a multiple."""
-        return self if self.is_expandable else BatchClusters(self.ids, is_expandable=True)
-
 
 class ClusterLookup:
     """Finds the clusters of a batch for one adapter; shared by all its layers.
@@ -133,22 +131,21 @@ class ClusterLookup:
                 "model was called, and not the model itself. Call the model, or pass fallback='universal' in the "
                 "configuration."
             )
-        if forward_pass is recorder.current and forward_pass.has_gradient:
-            forward_pass.is_awaited = True
+        forward_pass.keep_for_backward()
         if not self._has_checked_centroids and not torch.compiler.is_compiling():
             self.check_centroids()
             self._has_checked_centroids = True
         holder = self._holder(forward_pass)
-        if self not in holder.derived:
-            holder.derived[self] = self._find(holder.inputs)
-        clusters: BatchClusters = holder.derived[self]
-        forward_pass.derived[self] = clusters
+        if self not in holder.state:
+            holder.state[self] = self._find(holder.inputs)
+        clusters: BatchClusters = holder.state[self]
+        forward_pass.state[self] = clusters
         return clusters
 
     def _holder(self, forward_pass: ForwardPass) -> ForwardPass:
         """What the clusters belong to: the pass, or the whole generation that it is a step of."""
         surrounding = forward_pass.surrounding
-        if surrounding is None or self in forward_pass.derived:
+        if surrounding is None or self in forward_pass.state:
             return forward_pass
         is_its_own = forward_pass.inputs.get(CLUSTER_IDS) is not surrounding.inputs.get(CLUSTER_IDS)
         return forward_pass if is_its_own else surrounding
@@ -156,12 +153,13 @@ class ClusterLookup:
     def _find(self, inputs: dict[str, Any]) -> BatchClusters:
         ids = inputs.get(CLUSTER_IDS)
         if ids is None:
-            remembered: BatchClusters | None = inputs.get("cache_notes", {}).get((CLUSTER_IDS, self.adapter_name))
+            state = inputs.get("sequence_state")
+            remembered = None if state is None else state.get((CLUSTER_IDS, self.adapter_name))
             prompt = _prompt(inputs)
             if self.finder is not None and prompt is not None:
                 ids = self.finder(prompt)
             elif remembered is not None:
-                return remembered
+                return BatchClusters(remembered, is_expandable=True)
         if ids is None:
             if self.fallback == "universal":
                 return BatchClusters(None)
@@ -243,14 +241,19 @@ def _segments(ids: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor | None:
     return segments.clamp(max=num_examples - 1).to(ids.device)
 
 
-def remember_clusters(recorder: RoutingRecorder, forward_pass: ForwardPass, output: Any) -> Any:
+def remember_clusters(context: ForwardContext, forward_pass: ForwardPass, output: Any) -> Any:
     """Output hook: leave the clusters of a prompt on its key-value cache, for decoding loops that pass nothing else."""
     cache = getattr(output, "past_key_values", None)
-    if cache is not None and hasattr(cache, "__dict__") and not torch.compiler.is_compiling():
-        notes = {
-            (CLUSTER_IDS, key.adapter_name): value.expandable()
-            for key, value in forward_pass.derived.items()
-            if isinstance(key, ClusterLookup) and value.segments is None
-        }
-        setattr(cache, CACHE_NOTES, {**getattr(cache, CACHE_NOTES, {}), **notes})
+    if cache is None or torch.compiler.is_compiling():
+        return output
+    for key, clusters in forward_pass.state.items():
+        if not isinstance(key, ClusterLookup) or clusters.ids is None or clusters.segments is not None:
+            continue
+        state = sequence_state(cache, create=True)
+        if state is not None:
+            # beams of an example stand side by side in the cache
+            batch = forward_pass.inputs.get("batch_shape", clusters.ids.shape)[0]
+            repeats = max(1, batch // clusters.ids.shape[0])
+            ids = clusters.ids if repeats == 1 else clusters.ids.repeat_interleave(repeats)
+            state.keep((CLUSTER_IDS, key.adapter_name), ids)
     return output

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...recording import RoutingRecorder, cache_state, get_recorder
+from ...routing_recorder import RoutingRecorder, get_recorder
+from ...sequence_state import of_continued_cache
 from .clusters import CLUSTER_IDS, GENERATION_PROMPT, remember_clusters
 
 
@@ -24,9 +25,9 @@ def open_entrance(base_model: nn.Module, recorder: RoutingRecorder) -> None:
     names them, for `Trainer` drops the columns of a dataset that it does not find there. Pickle keeps no method of an
     instance: a whole model that went through `torch.save` takes `cluster_ids` in its call, but not in `generate`.
     """
-    recorder.router_inputs.add(CLUSTER_IDS)
-    if remember_clusters not in recorder.output_hooks:
-        recorder.output_hooks.append(remember_clusters)
+    recorder.context.extra_inputs.add(CLUSTER_IDS)
+    if remember_clusters not in recorder.context.output_hooks:
+        recorder.context.output_hooks.append(remember_clusters)
     for name in _METHODS:
         if hasattr(base_model, name) and not _is_ours(base_model, name) and not _is_ours(base_model, f"_old_{name}"):
             # a method of the instance, and none that holds the instance: copies of the model must call themselves
@@ -36,9 +37,9 @@ def open_entrance(base_model: nn.Module, recorder: RoutingRecorder) -> None:
 
 def close_entrance(base_model: nn.Module, recorder: RoutingRecorder) -> None:
     """Undo [`open_entrance`]. Where accelerate has put a hook around our method it stays, and only passes on."""
-    recorder.router_inputs.discard(CLUSTER_IDS)
-    if remember_clusters in recorder.output_hooks:
-        recorder.output_hooks.remove(remember_clusters)
+    recorder.context.extra_inputs.discard(CLUSTER_IDS)
+    if remember_clusters in recorder.context.output_hooks:
+        recorder.context.output_hooks.remove(remember_clusters)
     for name in _METHODS:
         if _is_ours(base_model, f"_old_{name}"):
             continue
@@ -94,8 +95,8 @@ def _generate_method(model: nn.Module) -> Any:
         prompt = {name: given.get(name) for name in ("input_ids", "attention_mask", "inputs_embeds")}
         if prompt["input_ids"] is None and getattr(given.get("inputs"), "dtype", None) in (torch.int64, torch.int32):
             prompt["input_ids"] = given["inputs"]
-        notes = cache_state(given.get("past_key_values")).get("cache_notes", {})
-        with recorder.surround({CLUSTER_IDS: cluster_ids, GENERATION_PROMPT: prompt, "cache_notes": notes}):
+        continued = of_continued_cache(given.get("past_key_values"))
+        with recorder.surround({CLUSTER_IDS: cluster_ids, GENERATION_PROMPT: prompt, **continued}):
             return _call_inner(self, "generate", *args, **kwargs)
 
     setattr(generate, _MARK, True)

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import nn
 
-from ...recording import RoutingRecorder
 from ...routing import ClusterCentroids, ClusterEmbedding, ClusterRouter
+from ...routing_recorder import RoutingRecorder
 from ..base import refuse_reentrant_checkpointing_under_ddp, refuse_replica
 from ..experts_layer import LoraExpertsLayer, Routed
 from .clusters import ClusterLookup

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from ...kernels import DispatchPlan
-from ...recording import RoutingRecorder
 from ...routing import ClusterRouter, RouterOutput
+from ...routing_recorder import RoutingRecorder
 from ..experts_layer import Routed
 from ..structure import is_gathered_when_called, is_sharded
 from .clusters import BatchClusters, ClusterLookup

@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...foreign_moe import Scoring
-from ...routing import RouterOutput
-from ...routing.float32 import Float32Module
+from ...routing import Float32Module, RouterOutput
 
 
 INIT_STD = 0.02

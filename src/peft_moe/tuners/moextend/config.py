@@ -6,8 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from ...all_processes import SCOPES
-from ...losses import AUX_LOSS_TYPES
+from ...aux_loss import AUX_LOSS_TYPES, SCOPES
 from ..base import MoeTunerConfig, check_checkpoint_format, raise_config_problems
 from ..experts_config import choice_problems, count_problems, is_number, is_positive_int, name_problems
 from ..registration import peft_type
@@ -63,7 +62,7 @@ class MoExtendConfig(MoeTunerConfig):
             Weight of the load-balancing loss of the extended layers, over old and new experts. Paper: 0.001. 0 turns it
             off.
         router_aux_loss_type (`"switch"`, `"pooled"` or `"mole"`):
-            Its form, see [`~peft_moe.losses.load_balancing_loss`]. Only `"switch"` allows layers with different numbers of
+            Its form, see [`~peft_moe.aux_loss.load_balancing_loss`]. Only `"switch"` allows layers with different numbers of
             experts.
         router_aux_loss_scope (`"process"` or `"global"`):
             Whose tokens are balanced in a distributed run: those of each process by itself, or those of all processes in

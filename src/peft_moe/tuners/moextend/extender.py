@@ -22,7 +22,8 @@ from tqdm.auto import tqdm
 from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
 from ...foreign_moe import BASE, MoeBlock, configs_of, find_moe_blocks, listen_to_routers, probe
-from ...recording import ForwardPass
+from ...forward_context import ForwardPass
+from ...routing_recorder import statistics_of
 from ..experts_config import is_number, is_positive_int
 from .report import ExtenderReport
 
@@ -222,7 +223,7 @@ class Extender:
         num_tokens = torch.zeros(1, dtype=torch.int64)
 
         def listen(forward_pass: ForwardPass) -> None:
-            for index, (name, record) in enumerate(forward_pass.records.get(BASE, {}).items()):
+            for index, (name, record) in enumerate(statistics_of(forward_pass).get(BASE, {}).items()):
                 block = name.partition("#")[0]
                 if block in counts:
                     counts[block] += record.expert_counts.long().sum(dim=0).cpu()

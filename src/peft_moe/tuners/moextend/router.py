@@ -17,8 +17,8 @@ from ...foreign_moe import (
     per_expert_tensors,
     read_decision,
 )
-from ...recording import RoutingRecorder
 from ...routing import RouterOutput
+from ...routing_recorder import RoutingRecorder
 from ..base import check_finite, refuse_reentrant_checkpointing_under_ddp, refuse_replica
 from .calibration import Calibration
 from .config import MoExtendConfig
@@ -240,7 +240,6 @@ class MoExtendRouter(MoExtendLayer):
             weights,
             logits,
             index,
-            recorder=self.recorder,
             adapter_name=adapter_name,
             router_name=self.block.name,
             shape=shape,

@@ -6,9 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from ...all_processes import SCOPES
-from ...losses import AUX_LOSS_TYPES
-from ...routing.top_k import GATE_SCALES
+from ...aux_loss import AUX_LOSS_TYPES, SCOPES
+from ...routing import GATE_SCALES
 from ..experts_config import (
     LoraExpertsConfig,
     choice_problems,
@@ -73,7 +72,7 @@ class MoLEConfig(LoraExpertsConfig):
             Weight of the load-balancing loss. 0 turns it off. Where `top_k` equals the number of experts it has no
             effect: every expert is always used. With `soft` it counts the best expert of each token.
         router_aux_loss_type (`"switch"`, `"pooled"` or `"mole"`):
-            Its form, see [`~peft_moe.losses.load_balancing_loss`]. `"mole"` is that of the released code.
+            Its form, see [`~peft_moe.aux_loss.load_balancing_loss`]. `"mole"` is that of the released code.
         router_aux_loss_scope (`"process"` or `"global"`):
             Whose tokens are balanced in a distributed run: those of each process by itself, or those of all processes in
             the same forward pass, by two small all-reduces. `"global"` lets a process specialise on the kind of data that

@@ -9,8 +9,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ...aux_loss import AuxLoss
 from ...kernels import DispatchPlan
-from ...recording import RoutingRecorder
 from ...routing import RouterOutput, TopKRouter
+from ...routing_recorder import RoutingRecorder
 from ..base import check_finite, refuse_reentrant_checkpointing_under_ddp, refuse_replica
 from ..experts_layer import LoraExpertsLayer, Routed
 from .config import MoLEConfig
@@ -89,7 +89,6 @@ class MoLELayer(LoraExpertsLayer):
                     hidden_states,
                     output.router_logits,
                     output.counted_index,
-                    recorder=self.recorder,
                     adapter_name=adapter_name,
                     router_name=self.scopes[adapter_name].name,
                     shape=x.shape[:-1],

@@ -8,12 +8,28 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from .all_processes import num_processes, with_other_processes
-from .losses import RoutingStatistics, routing_statistics
-from .recording import ForwardPass
+from ..forward_context import ForwardPass
+from ..routing_recorder import RoutingStatistics, routing_statistics, statistics_of
+from .processes import num_processes, with_other_processes
 
 
 AuxLossFunction = Callable[[list[RoutingStatistics]], torch.Tensor]
+
+
+class AuxLossState:
+    """What this package keeps of a forward pass: how much its loss weighs, and the gradient that this gives."""
+
+    def __init__(self) -> None:
+        self.scale: torch.Tensor | float | None = None
+        """gradient of the objective with respect to the mean loss of this pass; known once backward has begun"""
+        self.is_claimed = False
+        """whether the auxiliary loss reaches backward by another way than injection"""
+        self.is_compiled = False
+        """whether a router ran in a compiled graph, where nothing can be injected"""
+        self.gradients: dict[str, dict[str, RoutingStatistics]] = {}
+        """gradient of the auxiliary loss with respect to the statistics of each router, filled once"""
+        self.elsewhere: dict[str, dict[str, RoutingStatistics]] = {}
+        """what the other processes recorded, `(1, E)`, for adapters whose loss is over all of them"""
 
 
 class PassWeight:
@@ -70,7 +86,7 @@ class UpstreamGradient:
         self.weight = weight
 
     def __call__(self, gradient: torch.Tensor) -> None:
-        state = self.forward_pass.aux_loss
+        state = self.forward_pass.state_of(AuxLossState)
         if self.name == "loss" or state.scale is None:
             state.scale = self.weight.of(self.name, gradient)
 
@@ -89,11 +105,11 @@ class GradientSource:
     @property
     def is_silent(self) -> bool:
         """Whether the auxiliary loss of this pass reaches backward by another way."""
-        return self.forward_pass.aux_loss.is_claimed
+        return self.forward_pass.state_of(AuxLossState).is_claimed
 
     def scaled(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Gradients for `probability_sums` `(B, E)` and `squared_logsumexp_sums` `(B,)`, times the pass's weight."""
-        state = self.forward_pass.aux_loss
+        state = self.forward_pass.state_of(AuxLossState)
         if self.adapter_name not in state.gradients:
             state.gradients[self.adapter_name] = self._differentiate()
         scale = 1.0 if state.scale is None else state.scale
@@ -103,7 +119,6 @@ class GradientSource:
         return gradient.probability_sums * scale, gradient.squared_logsumexp_sums * scale
 
     def _differentiate(self) -> dict[str, RoutingStatistics]:
-        records = self.forward_pass.records[self.adapter_name]
         leaves = {
             name: RoutingStatistics(
                 entry.expert_counts,
@@ -111,14 +126,13 @@ class GradientSource:
                 entry.squared_logsumexp_sums.detach().requires_grad_(),
                 entry.num_tokens,
             )
-            for name, entry in records.items()
+            for name, entry in statistics_of(self.forward_pass)[self.adapter_name].items()
         }
+        elsewhere = self.forward_pass.state_of(AuxLossState).elsewhere.get(self.adapter_name)
         inputs = [t for entry in leaves.values() for t in (entry.probability_sums, entry.squared_logsumexp_sums)]
         with torch.enable_grad():
-            statistics = with_other_processes(self.forward_pass, self.adapter_name, leaves)
-            gradients = torch.autograd.grad(
-                self.function(statistics), inputs, allow_unused=True, materialize_grads=True
-            )
+            loss = self.function(with_other_processes(leaves, elsewhere))
+            gradients = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
         pairs = zip(gradients[::2], gradients[1::2], strict=True)
         return {
             name: RoutingStatistics(entry.expert_counts, probability, squared_logsumexp, entry.num_tokens)
@@ -159,10 +173,12 @@ class InjectAuxLoss(torch.autograd.Function):
 
 
 class AttachAuxLoss(torch.autograd.Function):
-    """Identity on an output of the model; in backward, the weight of the pass becomes the auxiliary loss's gradient."""
+    """Identity on an output; in backward, the weight of the pass becomes the gradient of the auxiliary loss."""
 
     @staticmethod
-    def forward(ctx: Any, output: torch.Tensor, aux_loss: torch.Tensor, name: str, weight: PassWeight) -> torch.Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, output: torch.Tensor, aux_loss: torch.Tensor, name: str, weight: PassWeight
+    ) -> torch.Tensor:
         ctx.name, ctx.weight = name, weight
         return output.clone()
 

@@ -1,9 +1,9 @@
 """Brings the auxiliary loss of the routers into backward under any training loop, without touching the loss itself.
 
 An auxiliary loss that is added to `outputs.loss` is lost wherever the trainer builds its own loss. So its gradient is
-*injected*: [`inject_aux_loss`] passes the experts' input through unchanged and, in backward, hands the router logits the
-gradient of the auxiliary loss, times the weight that the objective gives to this forward pass. That weight is read from
-the gradient that arrives at the model's output:
+*injected*: [`AuxLoss.inject`] passes the experts' input through unchanged and, in backward, hands the router logits
+the gradient of the auxiliary loss, times the weight that the objective gives to this forward pass. That weight is read
+from the gradient that arrives at the model's output:
 
 | what the objective is built from | weight of the pass |
 |---|---|
@@ -26,18 +26,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from .all_processes import exchange, num_processes, with_other_processes
-from .aux_gradient import (
+from ..forward_context import ForwardContext, ForwardPass, differentiable_outputs, get_context
+from ..routing_recorder import (
+    RoutingRecorder,
+    RoutingStatistics,
+    record_name,
+    records_of,
+    statistics_of,
+    token_mask,
+)
+from .gradient import (
     AttachAuxLoss,
     AuxLossFunction,
+    AuxLossState,
     GradientSource,
     InjectAuxLoss,
     PassWeight,
     UpstreamGradient,
 )
-from .losses import RoutingStatistics, load_balancing_loss, router_z_loss
-from .model_output import differentiable_outputs
-from .recording import ForwardPass, RoutingRecorder, get_recorder
+from .losses import load_balancing_loss, router_z_loss
+from .processes import exchange, num_processes, with_other_processes
 
 
 def weighted_aux_loss(
@@ -53,7 +61,7 @@ def weighted_aux_loss(
 
 
 class AuxLoss:
-    """The auxiliary losses of the adapters of one base model; an output hook of its [`RoutingRecorder`].
+    """The auxiliary losses of the adapters of one base model; an output hook of its [`ForwardContext`].
 
     Args:
         recorder (`RoutingRecorder`): where routers leave their statistics.
@@ -68,23 +76,28 @@ class AuxLoss:
         """those whose loss is over the tokens of all processes"""
         self.default_scale: float | torch.Tensor | None = None
         self.shifts_labels = shifts_labels
-        recorder.output_hooks.append(self)
+        self.recorder = recorder
+        # before the recorder, whose listeners may ask for the loss of the pass
+        recorder.context.output_hooks.insert(0, self)
 
-    def __call__(self, recorder: RoutingRecorder, forward_pass: ForwardPass, output: Any) -> Any:
+    def __call__(self, context: ForwardContext, forward_pass: ForwardPass, output: Any) -> Any:
         """Arrange that backward learns the weight of this pass; under `torch.compile`, add to the loss instead."""
-        if not forward_pass.is_awaited or not (forward_pass.records.keys() & self.functions.keys()):
+        recorded = records_of(forward_pass).keys()
+        if not forward_pass.is_awaited or not (recorded & self.functions.keys()):
             return output
+        state = forward_pass.state_of(AuxLossState)
         label_share = self._label_share(forward_pass)
-        if num_processes() > 1 and (names := sorted(forward_pass.records.keys() & self.global_adapters)):
-            label_share = exchange(forward_pass, names, label_share)
+        if num_processes() > 1 and (names := sorted(recorded & self.global_adapters)):
+            statistics = statistics_of(forward_pass)
+            state.elsewhere, label_share = exchange({name: statistics[name] for name in names}, label_share)
         weight = PassWeight(
             label_share=label_share,
             label_mask=output.get("label_mask") if isinstance(output, dict) else None,
             num_items=forward_pass.inputs.get("num_items_in_batch"),
             stated=self.default_scale,
         )
-        if torch.compiler.is_compiling() or forward_pass.aux_loss.is_compiled:
-            return self._attach(recorder, forward_pass, output, weight)
+        if torch.compiler.is_compiling() or state.is_compiled:
+            return self._attach(forward_pass, output, weight)
         for name, tensor in differentiable_outputs(output):
             tensor.register_hook(UpstreamGradient(name, forward_pass, weight))
         return output
@@ -95,7 +108,6 @@ class AuxLoss:
         router_logits: torch.Tensor,
         top_k_index: torch.Tensor,
         *,
-        recorder: RoutingRecorder,
         adapter_name: str,
         router_name: str,
         shape: torch.Size,
@@ -106,21 +118,22 @@ class AuxLoss:
         Does nothing where no auxiliary loss is wanted, no gradient flows, or the routers run outside any call of the
         base model. The remaining arguments are those of [`RoutingRecorder.record`].
         """
-        forward_pass = recorder.find_pass()
+        forward_pass = self.recorder.find_pass()
         if adapter_name not in self.functions or not router_logits.requires_grad:
             return hidden_states
         if forward_pass is None:
             _warn_of_direct_call(router_name)
             return hidden_states
         if torch.compiler.is_compiling():
-            forward_pass.aux_loss.is_compiled = True
+            forward_pass.state_of(AuxLossState).is_compiled = True
             return hidden_states
-        record_name = forward_pass.record_name(adapter_name, router_name)
-        if record_name is None:
+        name = record_name(forward_pass, adapter_name, router_name)
+        if name is None:
             return hidden_states
-        mask = forward_pass.token_mask(shape, is_decoder=is_decoder, router_logits=router_logits)
-        source = GradientSource(self.functions[adapter_name], forward_pass, adapter_name, record_name)
-        return InjectAuxLoss.apply(hidden_states, router_logits, top_k_index, mask, source)  # type: ignore[no-any-return]
+        mask = token_mask(forward_pass, shape, is_decoder=is_decoder, router_logits=router_logits)
+        source = GradientSource(self.functions[adapter_name], forward_pass, adapter_name, name)
+        injected: torch.Tensor = InjectAuxLoss.apply(hidden_states, router_logits, top_k_index, mask, source)
+        return injected
 
     def add(self, adapter_name: str, function: AuxLossFunction, *, is_global: bool = False) -> None:
         """Give an adapter an auxiliary loss, over the tokens of all processes or of each by itself."""
@@ -138,8 +151,9 @@ class AuxLoss:
         self, forward_pass: ForwardPass, statistics: dict[str, dict[str, RoutingStatistics]]
     ) -> torch.Tensor | None:
         """Sum of the weighted auxiliary losses over adapters, a scalar, or `None` if no adapter has one."""
+        elsewhere = forward_pass.state_of(AuxLossState).elsewhere
         losses = [
-            self.functions[name](with_other_processes(forward_pass, name, by_router))
+            self.functions[name](with_other_processes(by_router, elsewhere.get(name)))
             for name, by_router in statistics.items()
             if name in self.functions
         ]
@@ -156,14 +170,14 @@ class AuxLoss:
             return 1.0
         return labels.ne(-100).sum() / num_items
 
-    def _attach(self, recorder: RoutingRecorder, forward_pass: ForwardPass, output: Any, weight: PassWeight) -> Any:
+    def _attach(self, forward_pass: ForwardPass, output: Any, weight: PassWeight) -> Any:
         """What a compiled graph can hold instead of hooks: the auxiliary loss hangs on one of the outputs."""
-        total = self.total(forward_pass, recorder.live_statistics())
+        total = self.total(forward_pass, self.recorder.live_statistics())
         outputs = dict(differentiable_outputs(output))
         name = next((name for name in ("log_probs", "loss", "logits", *outputs) if name in outputs), None)
         if total is None or name is None:
             return output
-        forward_pass.aux_loss.is_claimed = True
+        forward_pass.state_of(AuxLossState).is_claimed = True
         attached = AttachAuxLoss.apply(outputs[name], total, name, weight)
         if isinstance(output, dict):
             output[name] = attached
@@ -176,18 +190,16 @@ class AuxLoss:
 @functools.cache
 def _warn_of_direct_call(router_name: str) -> None:
     warnings.warn(
-        f"The router of '{router_name}' ran in training, but neither the base model nor its backbone was called, only a "
-        "part of it. The auxiliary loss does not act there: call the model itself.",
+        f"The router of '{router_name}' ran in training, but neither the base model nor its backbone was called, only "
+        "a part of it. The auxiliary loss does not act there: call the model itself.",
         stacklevel=2,
     )
 
 
 def install_aux_loss(base_model: nn.Module, recorder: RoutingRecorder) -> AuxLoss:
-    """Return the [`AuxLoss`] that listens to `recorder`, adding a new one if there is none."""
-    for hook in recorder.output_hooks:
-        if isinstance(hook, AuxLoss):
-            return hook
-    return AuxLoss(recorder, shifts_labels=_shifts_labels(base_model))
+    """Return the [`AuxLoss`] that stands on `recorder`, adding a new one if there is none."""
+    known = recorder.context.find_hook(AuxLoss)
+    return known or AuxLoss(recorder, shifts_labels=_shifts_labels(base_model))
 
 
 def _shifts_labels(base_model: nn.Module) -> bool:
@@ -199,16 +211,15 @@ def _shifts_labels(base_model: nn.Module) -> bool:
     return LOSS_MAPPING.get(loss_type) is ForCausalLMLoss and not is_encoder_decoder
 
 
-def _find_aux_loss(model: nn.Module) -> tuple[RoutingRecorder, AuxLoss]:
-    recorder = get_recorder(model)
-    for hook in recorder.output_hooks if recorder is not None else ():
-        if isinstance(hook, AuxLoss):
-            assert recorder is not None
-            return recorder, hook
-    raise ValueError(
-        f"{type(model).__name__} has no router of peft_moe. Wrap it first, for example by "
-        "`get_peft_model(model, MoLEConfig(...))`."
-    )
+def _find_aux_loss(model: nn.Module) -> AuxLoss:
+    context = get_context(model)
+    found = None if context is None else context.find_hook(AuxLoss)
+    if found is None:
+        raise ValueError(
+            f"{type(model).__name__} has no router of peft_moe. Wrap it first, for example by "
+            "`get_peft_model(model, MoLEConfig(...))`."
+        )
+    return found
 
 
 def get_aux_loss(model: nn.Module) -> torch.Tensor:
@@ -231,19 +242,19 @@ def get_aux_loss(model: nn.Module) -> torch.Tensor:
         RuntimeError: there was no forward pass in training mode, or its routers have no graph (reentrant gradient
             checkpointing), or its backward has begun already.
     """
-    recorder, aux_loss = _find_aux_loss(model)
+    aux_loss = _find_aux_loss(model)
     if not aux_loss.functions:
         return torch.zeros(())
-    forward_pass = recorder.latest
+    forward_pass = aux_loss.recorder.context.latest
     if forward_pass is None:
         raise RuntimeError(
             "There is no auxiliary loss yet: no forward pass in training mode with gradients enabled has been run. "
             "Call `model.train()` and `model(...)` first."
         )
     if not torch.is_grad_enabled():
-        total = aux_loss.total(forward_pass, forward_pass.records)
+        total = aux_loss.total(forward_pass, statistics_of(forward_pass))
         return torch.zeros(()) if total is None else total.detach()
-    total = aux_loss.total(forward_pass, recorder.live_statistics())
+    total = aux_loss.total(forward_pass, aux_loss.recorder.live_statistics())
     if total is None:
         raise RuntimeError(
             "The auxiliary loss of the last forward pass has no graph: either its backward has begun already, or "
@@ -251,7 +262,7 @@ def get_aux_loss(model: nn.Module) -> torch.Tensor:
             'backward, and use gradient_checkpointing_kwargs={"use_reentrant": False}; or leave the auxiliary loss to '
             "the automatic injection, which acts in every case."
         )
-    forward_pass.aux_loss.is_claimed = True
+    forward_pass.state_of(AuxLossState).is_claimed = True
     return total
 
 
@@ -265,4 +276,4 @@ def set_aux_loss_scale(model: nn.Module, scale: float | torch.Tensor | None) -> 
             in each forward pass). `None` goes back to the rules at the top of this module. Objectives built from
             `outputs.loss` are not affected: their weight is always known.
     """
-    _find_aux_loss(model)[1].default_scale = scale
+    _find_aux_loss(model).default_scale = scale

@@ -1,84 +1,20 @@
 """Load balancing and z-loss: pure functions on what routers decided.
 
-A loss is a function of per-router *statistics*, sums over tokens. Sums are small, can be kept for a whole forward pass,
-and give the gradient of any of these losses in two steps: from the loss to the sums (once), from the sums to the
-logits of one router (when that router's backward runs). `aux_loss.py` relies on this.
+A loss is a function of per-router *statistics*, sums over tokens. Sums are small, can be kept for a whole forward
+pass, and give the gradient of any of these losses in two steps: from the loss to the sums (once), from the sums to the
+logits of one router (when that router's backward runs). The injected gradient relies on this.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
+from ..routing_recorder import RoutingStatistics
+
 
 AUX_LOSS_TYPES = ("switch", "pooled", "mole")
-
-
-@dataclass(frozen=True)
-class RoutingStatistics:
-    """Sums over the tokens that one router saw in one forward pass, per sample.
-
-    Args:
-        expert_counts (`torch.Tensor` of shape `(B, E)`, float32, without gradient):
-            How often each expert was among the chosen ones.
-        probability_sums (`torch.Tensor` of shape `(B, E)`, float32):
-            Sum of the softmax probabilities.
-        squared_logsumexp_sums (`torch.Tensor` of shape `(B,)`, float32):
-            Sum of `logsumexp(logits)²`.
-        num_tokens (`torch.Tensor` of shape `(B,)`, float32, without gradient):
-            Number of tokens that are not padding.
-    """
-
-    expert_counts: torch.Tensor
-    probability_sums: torch.Tensor
-    squared_logsumexp_sums: torch.Tensor
-    num_tokens: torch.Tensor
-
-    def to(self, device: torch.device) -> RoutingStatistics:
-        """The same on another device, for routers of a model that is spread over several."""
-        if self.num_tokens.device == device:
-            return self
-        return RoutingStatistics(
-            self.expert_counts.to(device),
-            self.probability_sums.to(device),
-            self.squared_logsumexp_sums.to(device),
-            self.num_tokens.to(device),
-        )
-
-
-def routing_statistics(
-    router_logits: torch.Tensor, top_k_index: torch.Tensor, token_mask: torch.Tensor | None = None
-) -> RoutingStatistics:
-    """Sum up what a router decided; differentiable in `router_logits`.
-
-    Args:
-        router_logits (`torch.Tensor` of shape `(T, E)`, float32)
-        top_k_index (`torch.Tensor` of shape `(T, K)`, int64)
-        token_mask (`torch.Tensor` of shape `(B, S)` with `B · S = T`, *optional*):
-            1 for tokens that count and 0 for padding. Its first axis says which tokens belong to one sample; without
-            a mask the whole batch is one sample.
-    """
-    num_experts = router_logits.shape[-1]
-    if token_mask is None:
-        token_mask = router_logits.new_ones(1, router_logits.shape[0])
-    mask = token_mask.to(device=router_logits.device, dtype=torch.float32)
-    num_samples, num_positions = mask.shape
-    logits = router_logits.float()
-    probabilities = torch.softmax(logits, dim=-1).view(num_samples, num_positions, num_experts)
-    squared_logsumexp = torch.logsumexp(logits, dim=-1).square().view(num_samples, num_positions)
-    with torch.no_grad():
-        index = top_k_index.reshape(num_samples, -1)
-        weight = mask.unsqueeze(-1).expand(-1, -1, top_k_index.shape[-1]).reshape(num_samples, -1)
-        expert_counts = torch.zeros(num_samples, num_experts, device=mask.device).scatter_add_(1, index, weight)
-    return RoutingStatistics(
-        expert_counts=expert_counts,
-        # no einsum: autocast would compute it, and so store the gradient, in half precision
-        probability_sums=(mask.unsqueeze(-1) * probabilities).sum(dim=1),
-        squared_logsumexp_sums=(mask * squared_logsumexp).sum(dim=-1),
-        num_tokens=mask.sum(dim=-1),
-    )
 
 
 def load_balancing_loss(statistics: Sequence[RoutingStatistics], *, loss_type: str = "switch") -> torch.Tensor:
@@ -88,8 +24,8 @@ def load_balancing_loss(statistics: Sequence[RoutingStatistics], *, loss_type: s
 
     | `loss_type` | formula | value when balanced | source |
     |---|---|---|---|
-    | `"switch"` | mean over routers of `E · Σ_e f_e P_e` | K | Switch Transformer, eq. 4, per layer; conventions of transformers |
-    | `"pooled"` | `E · Σ_e f_e P_e` with f, P over all routers | K | transformers' `load_balancing_loss_func`, to the letter |
+    | `"switch"` | mean over routers of `E · Σ_e f_e P_e` | K | Switch Transformer, eq. 4, per layer |
+    | `"pooled"` | `E · Σ_e f_e P_e` with f, P over all routers | K | transformers' `load_balancing_loss_func` |
     | `"mole"` | mean over samples of `Σ_e f_e P_e`, f and P over all routers | K / E | LLaVA-MoLE, released code |
 
     The pooled forms allow a router to use a single expert as long as another one makes up for it; `"switch"` does not.
