@@ -17,7 +17,7 @@ from transformers.trainer_callback import CallbackHandler
 
 from ..aux_loss import AuxLoss
 from ..forward_context import ForwardPass
-from ..pretrained_moe import RouterRecording, belongs_to_tuner
+from ..foreign_moe import RouterRecording, belongs_to_tuner
 from ..routing_recorder import RoutingRecorder, get_recorder, statistics_of
 from .expert_load import ExpertLoad, gather_json
 from .summary import DEAD_THRESHOLD, LoadSummary

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..forward_context import ForwardPass
-from ..pretrained_moe import listen_to_routers
+from ..foreign_moe import listen_to_routers
 from ..routing_recorder import RouterRecord, records_of
 from .summary import DEAD_THRESHOLD, LoadSummary, summarize_load
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..forward_context import ForwardPass
-from ..pretrained_moe import listen_to_routers
+from ..foreign_moe import listen_to_routers
 from ..routing_recorder import RouterRecord, records_of
 from .expert_load import (
     ALL,

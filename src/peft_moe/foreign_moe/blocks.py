@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import GenerationConfig, PretrainedConfig
 
 
 # children of a block, by name
@@ -70,6 +71,14 @@ class MoeBlock:
     num_experts: int
     correction: str | None = None
 
+    def correction_in(self, model: nn.Module) -> torch.Tensor | None:
+        """The tensor that `correction` names in the model that this block was found in."""
+        if self.correction is None:
+            return None
+        owner, _, own = self.correction.rpartition(".")
+        tensor: torch.Tensor = getattr(model.get_submodule(owner), own)
+        return tensor
+
 
 def walk_blocks(model: nn.Module) -> Iterator[tuple[str, dict[str, nn.Module], dict[str, torch.Tensor]]]:
     """Every module that has experts: its name, its children, and its own tensors, by name."""
@@ -113,9 +122,13 @@ def read_block(name: str, children: dict[str, nn.Module], own: dict[str, torch.T
     router_name = next((router for router in ROUTER_NAMES if router in children), None)
     if router_name is None:
         return f"'{name}' has stacked experts, but no router beside them that is called {' or '.join(ROUTER_NAMES)}."
-    problem = _router_problem(children[router_name], num_experts)
-    if problem:
-        return f"'{name}.{router_name}' ({type(children[router_name]).__name__}) {problem}"
+    router = children[router_name]
+    if gate_weight_name(router, num_experts) is None:
+        shapes = {parameter_name: tuple(parameter.shape) for parameter_name, parameter in router.named_parameters()}
+        return (
+            f"'{name}.{router_name}' ({type(router).__name__}) has not exactly one matrix with {num_experts} rows, one for "
+            f"each expert, but {shapes}."
+        )
     corrections = [f"{name}.{tensor_name}" for tensor_name, tensor in own.items() if tensor.shape == (num_experts,)]
     if len(corrections) > 1:
         return f"'{name}' has several tensors with an entry for each expert ({', '.join(corrections)})."
@@ -176,13 +189,6 @@ def gate_weight_name(router: nn.Module, num_experts: int) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-def _router_problem(router: nn.Module, num_experts: int) -> str | None:
-    if gate_weight_name(router, num_experts) is None:
-        shapes = {name: tuple(parameter.shape) for name, parameter in router.named_parameters()}
-        return f"has not exactly one matrix with {num_experts} rows, one for each expert, but {shapes}."
-    return None
-
-
 def per_expert_tensors(router: nn.Module, num_experts: int) -> dict[str, Any]:
     """Everything in a router that has one entry for each expert: the matrix, biases, corrections; name → (tensor, axis)."""
     weight_name = gate_weight_name(router, num_experts)
@@ -198,3 +204,15 @@ def per_expert_tensors(router: nn.Module, num_experts: int) -> dict[str, Any]:
 def num_groups(router: nn.Module) -> int:
     """How many groups of experts a router chooses from first; 1 if there are none."""
     return next((getattr(router, name) for name in GROUP_NAMES if isinstance(getattr(router, name, None), int)), 1)
+
+
+def configs_of(model: nn.Module) -> list[Any]:
+    """The configurations that the modules of a model hold, and those inside them, each once."""
+    found: dict[int, Any] = {}
+    waiting = [value for module in model.modules() for value in module.__dict__.values()]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, PretrainedConfig | GenerationConfig) and id(value) not in found:
+            found[id(value)] = value
+            waiting += value.__dict__.values()
+    return list(found.values())

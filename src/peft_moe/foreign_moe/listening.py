@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -17,7 +16,8 @@ from ..forward_context import ForwardPass, remove_context
 from ..routing import RouterOutput
 from ..routing_recorder import RoutingRecorder, get_recorder, install_recorder
 from .blocks import ROUTER_NAMES, MoeBlock, read_block, walk_blocks
-from .routers import read_routing, returns_probabilities
+from .probe import probe
+from .routers import read_decision
 
 
 BASE = "base"
@@ -99,14 +99,6 @@ def _original(module: nn.Module) -> nn.Module:
     return _original(inner) if isinstance(inner, nn.Module) else module
 
 
-def _without_hooks(module: nn.Module) -> nn.Module:
-    """A shallow copy: what others have hung on a router is not to see how it is tried out."""
-    copied = copy.copy(module)
-    for name in ("_forward_hooks", "_forward_pre_hooks"):
-        setattr(copied, name, type(getattr(module, name))())
-    return copied
-
-
 def _original_name(name: str) -> str:
     """`name` without the parts that PEFT has put in.
 
@@ -146,18 +138,18 @@ class _RecordDecision:
     def __init__(self, router: nn.Module, block: MoeBlock, recorder: RoutingRecorder) -> None:
         self.block = block
         self.recorder = recorder
-        self.is_probability = returns_probabilities(_without_hooks(_original(router)), block)
+        self.is_probability = probe(_original(router), block).is_probability
         self.num_users = 0
         self.handle = router.register_forward_hook(self)
 
     def __call__(self, router: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not self.recorder.needs_record(is_training=False):
             return
-        routing = read_routing(output, self.block.num_experts, is_probability=self.is_probability)
-        if isinstance(routing, str):
+        decision = read_decision(output, self.block.num_experts, is_probability=self.is_probability)
+        if isinstance(decision, str):
             return  # it runs with further experts, and the tuner that added them records it
-        logits = routing.router_logits.detach().float().reshape(-1, self.block.num_experts)
-        index = routing.top_k_index.reshape(logits.shape[0], -1)
+        logits = decision.router_logits.detach().float().reshape(-1, self.block.num_experts)
+        index = decision.top_k_index.reshape(logits.shape[0], -1)
         # best first, which some families do not promise
         index = index.gather(-1, logits.gather(-1, index).argsort(dim=-1, descending=True, stable=True))
         self.recorder.record(
