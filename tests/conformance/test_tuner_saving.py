@@ -1,4 +1,4 @@
-"""A saved adapter is complete: every way of saving gives the same logits, to the bit, in a process that starts anew."""
+"""A saved adapter is complete: every way of saving gives the same logits, to the bit, in a new process."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from ..pretrained_moe import base_of
+from ..foreign_moe import base_of
 from .base import MoeTuner
 from .lora_config import LoraExpertsConfig
 from .lora_layer import LoraExpertsLayer

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..pretrained_moe import base_of
+from ..foreign_moe import base_of
 
 
 # the linears of one block, those that read the block's input first

@@ -10,7 +10,7 @@ from peft import PeftConfig
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ...pretrained_moe import base_of
+from ...foreign_moe import base_of
 from ..lora_model import LoraExpertsModel
 from ..structure import ATTENTION_BLOCKS, MLP_BLOCKS, find_blocks, text_linear_names
 from .clustering import checksum

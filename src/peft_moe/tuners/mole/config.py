@@ -25,7 +25,7 @@ class MoLEConfig(LoraExpertsConfig):
             have no effect.
         top_k (`int`):
             Experts per token (K). Paper: 1. The default of 2, weighted by probability, was better on real data in every
-            seed (`docs/log.md`).
+            seed (`benchmarks/studies/log.md`).
         r (`int`):
             Rank of each expert. Released code: 32.
         lora_alpha (`int`):
@@ -45,7 +45,7 @@ class MoLEConfig(LoraExpertsConfig):
             linear.
         gate_scale (`"none"`, `"straight_through"` or `"prob"`):
             What an expert's output is multiplied with: 1 (paper), 1 with a gradient to the router, or its probability
-            (default, `docs/log.md`). With `"none"` routers learn from the router losses only, one of which must be on.
+            (default, `benchmarks/studies/log.md`). With `"none"` routers learn from the router losses only, one of which must be on.
         soft (`bool`):
             Use all experts, weighted by probability (the released inference). `top_k` and `gate_scale` are ignored.
         normalize_top_k (`bool`):

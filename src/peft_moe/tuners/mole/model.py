@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ...pretrained_moe import base_of
+from ...foreign_moe import base_of
 from ..lora_model import LoraExpertsModel, adaptable_modules, by_pattern, is_target
 from ..structure import ATTENTION_BLOCKS, MLP_BLOCKS, check_target, find_blocks, is_linear, text_linear_names
 from .config import ATTENTION, MoLEConfig
