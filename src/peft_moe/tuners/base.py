@@ -22,9 +22,9 @@ from ..routing_recorder import RoutingRecorder, install_recorder
 def refuse_reentrant_checkpointing_under_ddp(recorder: RoutingRecorder, *, shares_parameters: bool = False) -> None:
     """Raise where DDP would fail in backward with a message about parameters that are ready twice.
 
-    Reentrant checkpointing runs the first forward of a block without gradients inside a pass that has them. DDP's search
-    for unused parameters then counts the parameters of each block several times; and each block has a backward of its
-    own, which makes a parameter that several blocks share ready several times.
+    Reentrant checkpointing runs the first forward of a block without gradients inside a pass that has them. DDP's
+    search for unused parameters then counts the parameters of each block several times; and each block has a backward
+    of its own, which makes a parameter that several blocks share ready several times.
 
     Args:
         recorder (`RoutingRecorder`): knows the running pass.
@@ -48,8 +48,8 @@ def refuse_reentrant_checkpointing_under_ddp(recorder: RoutingRecorder, *, share
         why = "with find_unused_parameters=True (what Trainer sets for a PeftModel)"
         instead = "ddp_find_unused_parameters=False"
     raise RuntimeError(
-        f"Reentrant gradient checkpointing does not work under DistributedDataParallel {why}: backward would fail. Use "
-        f'gradient_checkpointing_kwargs={{"use_reentrant": False}}, or {instead}.'
+        f"Reentrant gradient checkpointing does not work under DistributedDataParallel {why}: backward would fail. "
+        f'Use gradient_checkpointing_kwargs={{"use_reentrant": False}}, or {instead}.'
     )
 
 
@@ -77,8 +77,8 @@ def check_finite(values: torch.Tensor, what: str) -> None:
         return
     total = _total(values)
     message = (
-        f"{what} that are not finite. The hidden states or the adapter contain NaN or infinity: lower the learning rate, "
-        "clip gradients, or check the checkpoint."
+        f"{what} that are not finite. The hidden states or the adapter contain NaN or infinity: lower the learning "
+        "rate, clip gradients, or check the checkpoint."
     )
     if values.device.type == "cpu":
         if not math.isfinite(total.item()):
@@ -181,8 +181,8 @@ def check_adapter_state_dict(
 
     Raises:
         ValueError: tensors are missing, superfluous, of another shape, no floating-point numbers where the model has
-            such, or not finite. A mixture of experts of which only a part is loaded would compute something else without
-            a word.
+            such, or not finite. A mixture of experts of which only a part is loaded would compute something else
+            without a word.
     """
     needed = {}
     for layer_name, layer in model.named_modules():

@@ -1,4 +1,4 @@
-"""What the layers with LoRA experts share: the stacked experts, and the way from the base layer's output to the sum."""
+"""What the layers with LoRA experts share: stacked experts, and the way from the base layer's output to the sum."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class LoraExpertsLayer(nn.Module, BaseTunerLayer):
     """
 
     prefix: str
-    """what the names of the containers begin with that a subclass makes: `<prefix>A`, `<prefix>B` and `<prefix>dropout`"""
+    """what the names of the containers begin with that a subclass makes: `…A`, `…B` and `…dropout`"""
 
     def __init__(self, base_layer: nn.Module, name: str, recorder: RoutingRecorder) -> None:
         super().__init__()

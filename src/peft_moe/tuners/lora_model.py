@@ -24,8 +24,9 @@ class LoraExpertsModel(MoeTuner):
     target_module_mapping: dict[str, list[str]] = {}
 
     def _select(self, names: list[str], peft_config: LoraExpertsConfig, *, may_be_empty: bool = False) -> set[str]:
-        """What to put into a configuration to get exactly `names`: none of another tower of a multi-modal model, and none
-        of a layer that `layers_to_transform` leaves out, which PEFT does not look at where a name is given in full.
+        """What to put into a configuration to get exactly `names`: none of another tower of a multi-modal model, and
+        none of a layer that `layers_to_transform` leaves out, which PEFT does not look at where a name is given in
+        full.
 
         Raises:
             NoMatchingPeftModuleError: `layers_to_transform` leaves nothing of `names`, and that is not allowed.
@@ -35,8 +36,9 @@ class LoraExpertsModel(MoeTuner):
         if names and not chosen and not may_be_empty:
             raise NoMatchingPeftModuleError(
                 f"layers_to_transform={peft_config.layers_to_transform} and layers_pattern="
-                f"{peft_config.layers_pattern!r} leave none of the {len(names)} linears that {peft_config.method} found in "
-                f"{type(self.model).__name__}, such as '{names[0]}'. Name layers that the model has, or leave both out."
+                f"{peft_config.layers_pattern!r} leave none of the {len(names)} linears that {peft_config.method} "
+                f"found in {type(self.model).__name__}, such as '{names[0]}'. Name layers that the model has, or "
+                "leave both out."
             )
         return chosen
 
@@ -52,8 +54,8 @@ class LoraExpertsModel(MoeTuner):
             if is_target(peft_config, name):
                 if isinstance(module, LoraExpertsLayer) and not isinstance(module, self.tuner_layer_cls):
                     raise ValueError(
-                        f"'{name}' is a {type(module).__name__} already: a linear cannot have experts of two methods. Give "
-                        f"this adapter other target_modules, or remove the first one with unload()."
+                        f"'{name}' is a {type(module).__name__} already: a linear cannot have experts of two methods. "
+                        f"Give this adapter other target_modules, or remove the first one with unload()."
                     )
                 check_target(model, name, base_of(module), method=peft_config.method)
                 names.append(name)

@@ -21,8 +21,8 @@ from .config import MoLEConfig
 class RouterScope:
     """The linears that follow one router, in the order in which they were found; the first one owns the router.
 
-    The owner leaves its decision here in each forward, the others take it, each once. What is left over or missing shows
-    that the linears were not called as one MLP, which is an error and not a reason to guess.
+    The owner leaves its decision here in each forward, the others take it, each once. What is left over or missing
+    shows that the linears were not called as one MLP, which is an error and not a reason to guess.
 
     Args:
         name (`str`): name of the MLP (or of the linear, with `router_scope="module"`).
@@ -59,7 +59,8 @@ class RouterScope:
         if dispatch.plan.num_tokens != num_tokens:
             raise RuntimeError(
                 f"'{member}' received {num_tokens} tokens, but the router of '{self.members[0]}' routed "
-                f'{dispatch.plan.num_tokens}. Use MoLEConfig(router_scope="module"), which gives each linear its own router.'
+                f'{dispatch.plan.num_tokens}. Use MoLEConfig(router_scope="module"), which gives each linear its own '
+                "router."
             )
         self._waiting.discard(member)
         if not self._waiting:
@@ -177,8 +178,8 @@ class MoLELayer(LoraExpertsLayer):
         """Add the only expert of each adapter to the base weight.
 
         Raises:
-            ValueError: an adapter routes tokens here, or the base layer is quantised, or (with `safe_merge`) the merged
-                weight would not be finite.
+            ValueError: an adapter routes tokens here, or the base layer is quantised, or (with `safe_merge`) the
+                merged weight would not be finite.
         """
         for adapter_name in check_adapters_to_merge(self, adapter_names):
             if adapter_name not in self.mole_A:
@@ -187,8 +188,8 @@ class MoLELayer(LoraExpertsLayer):
             merged = weight.data + self.get_delta_weight(adapter_name).to(weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(
-                    f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: '{self.name}' "
-                    "would get weights that are not finite, so nothing was merged here."
+                    f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: "
+                    f"'{self.name}' would get weights that are not finite, so nothing was merged here."
                 )
             weight.data = merged
             self.merged_adapters.append(adapter_name)
@@ -210,9 +211,9 @@ class MoLELayer(LoraExpertsLayer):
         """Return the weight that the adapter can be merged into, or raise `ValueError`."""
         if not self.is_exactly_mergeable(adapter_name):
             raise ValueError(
-                f"'{self.name}': {self.num_experts[adapter_name]} experts that are chosen token by token cannot be merged into "
-                "one weight. Keep the adapter (it is small, and `save_pretrained` stores all of it); or train with "
-                "num_experts=1, which is LoRA and merges exactly; or, to drop the adapter, use `unload()`."
+                f"'{self.name}': {self.num_experts[adapter_name]} experts that are chosen token by token cannot be "
+                "merged into one weight. Keep the adapter (it is small, and `save_pretrained` stores all of it); or "
+                "train with num_experts=1, which is LoRA and merges exactly; or, to drop the adapter, use `unload()`."
             )
         weight = self.get_base_layer().weight
         if type(weight) is not nn.Parameter or not weight.dtype.is_floating_point:

@@ -14,7 +14,9 @@ from .layer import MoLELayer, RouterScope
 
 
 class MoLEModel(LoraExpertsModel):
-    """Creates a mixture of LoRA experts from a pretrained model (LLaVA-MoLE, https://huggingface.co/papers/2401.16160).
+    """Creates a mixture of LoRA experts from a pretrained model.
+
+    After LLaVA-MoLE (https://huggingface.co/papers/2401.16160).
 
     Args:
         model (`torch.nn.Module`): the model to be adapted.
