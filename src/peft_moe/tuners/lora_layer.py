@@ -158,6 +158,7 @@ class LoraExpertsLayer(nn.Module, BaseTunerLayer):
         A, B = self._part("A")[adapter_name](), self._part("B")[adapter_name]()
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else A.dtype
         hidden_states = self._cast_input_dtype(x, dtype).reshape(*result.shape[:-1], self.in_features)
+        # routers read x itself: neither dropout nor the dtype of the experts may change a decision
         hidden_states, dispatch = self.dispatch(adapter_name, x, hidden_states)
         if self.training:
             hidden_states = self._part("dropout")[adapter_name](hidden_states)
