@@ -32,6 +32,7 @@ EXTRAS = {
 }
 EXTRAS["all"] = sorted({requirement for name in EXTRAS if name != "flash-attn" for requirement in EXTRAS[name]})
 EXTRAS["test"] = [
+    *EXTRAS["cluster"],
     *EXTRAS["plots"],
     *EXTRAS["quantization"],
     *EXTRAS["triton"],

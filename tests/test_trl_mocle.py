@@ -48,11 +48,11 @@ def build():
 
 def attach_to(model) -> list[str]:
     """Attach the encoder; returns the texts that it will have encoded."""
-    from peft_moe.tuners.mocle import attach
+    from peft_moe.tuners.mocle.encoder import SentenceEncoder
 
     encoded = []
 
-    class Encoder(WordEncoder, attach.SentenceEncoder):
+    class Encoder(WordEncoder, SentenceEncoder):
         def __init__(self):
             pass
 
@@ -80,8 +80,8 @@ def spy(model) -> list[Call]:
 
     def look(layer, args):
         for adapter in () if layer.disable_adapters else layer.active_adapters:
-            ids = layer.scopes[adapter].lookup.of_running_pass(layer.recorder).ids.tolist()
-            first_words = layer.recorder.find_pass().inputs["input_ids"][:, 0] - tiny_tokenizer()("a")["input_ids"][0]
+            ids = layer.scopes[adapter].lookup.of_running_pass(layer.recorder.context).ids.tolist()
+            first_words = layer.recorder.context.find_pass().inputs["input_ids"][:, 0] - tiny_tokenizer()("a")["input_ids"][0]
             seen.append(Call(adapter, ids, first_words.tolist(), torch.is_grad_enabled()))
 
     next(module for module in model.modules() if isinstance(module, MoCLELayer)).register_forward_pre_hook(look)

@@ -15,7 +15,7 @@ from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 import peft_moe
 from conformance.tuner_cases import every_tuner, one_case_per_tuner
 from peft_moe import MoLEConfig
-from peft_moe.tuners.model_card import HEADING
+from peft_moe.tuners.card import HEADING
 from tiny_models import tiny_llama
 
 

@@ -9,7 +9,7 @@ import torch
 from tiny_encoder import TEXTS, write_tiny_encoder
 
 from peft_moe import InstructionClusterer
-from peft_moe.tuners.mocle.sentence_encoder import SentenceEncoder
+from peft_moe.tuners.mocle.encoder import SentenceEncoder
 
 
 @pytest.fixture(scope="session")

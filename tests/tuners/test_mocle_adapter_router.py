@@ -10,7 +10,7 @@ from peft import PeftModel
 from peft_moe import MoCLEConfig
 from peft_moe.tuners.mocle.clustering import InstructionClusterer
 from peft_moe.tuners.mocle.export import ClusterAdapterRouter, export_all
-from peft_moe.tuners.mocle.sentence_encoder import SentenceEncoder
+from peft_moe.tuners.mocle.encoder import SentenceEncoder
 from pretrained import minilm_path
 from tiny_models import tiny_llama
 

@@ -14,7 +14,7 @@ from test_mocle_formula import layers_of
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, pipeline
 
 from peft_moe import InstructionClusterer, MoCLEConfig, attach_encoder
-from peft_moe.tuners.mocle.sentence_encoder import SentenceEncoder
+from peft_moe.tuners.mocle.encoder import SentenceEncoder
 from tiny_models import tiny_llama
 
 
@@ -109,7 +109,7 @@ def spy(model, adapter_name: str = "default") -> list[list[int] | None]:
     seen = []
 
     def look(layer, args):
-        ids = layer.scopes[adapter_name].lookup.of_running_pass(layer.recorder).ids
+        ids = layer.scopes[adapter_name].lookup.of_running_pass(layer.recorder.context).ids
         seen.append(None if ids is None else ids.tolist())
 
     next(iter(layers_of(model).values())).register_forward_pre_hook(look)

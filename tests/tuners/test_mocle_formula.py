@@ -104,7 +104,7 @@ def test_gradients_are_those_of_the_formula(form):
     parameters = [p for p in model.parameters() if p.requires_grad]
     x = torch.randn(2, 7, layer.in_features)
     upstream = torch.randn(2, 7, layer.out_features)
-    with layer.recorder.surround({"cluster_ids": IDS}):
+    with layer.recorder.context.surround({"cluster_ids": IDS}):
         found = torch.autograd.grad((layer(x) * upstream).sum(), parameters, allow_unused=True)
     expected = torch.autograd.grad((oracle(model, layer, x, form) * upstream).sum(), parameters, allow_unused=True)
     assert [g is None for g in found] == [g is None for g in expected]
@@ -128,8 +128,8 @@ def test_the_universal_part_vanishes_as_the_gate_approaches_one():
 def test_all_tokens_of_an_example_and_all_linears_of_a_layer_go_to_one_expert():
     model = build()
     for layer in layers_of(model).values():
-        with layer.recorder.surround({"cluster_ids": IDS}):
-            routed = layer.route("default", torch.zeros(2, 9, layer.in_features), torch.zeros(0))[1]
+        with layer.recorder.context.surround({"cluster_ids": IDS}):
+            routed = layer.dispatch("default", torch.zeros(2, 9, layer.in_features), torch.zeros(0))[1]
         index = routed.plan.top_k_index.view(2, 9, 2)
         assert (index == index[:, :1]).all()
         expected = layer.scopes["default"].gate_owner
@@ -201,10 +201,10 @@ def test_noise_is_drawn_in_training_only_once_per_layer_and_is_one_over_e_wide()
     model.train()
     assert not torch.equal(model(**batch).logits, model(**batch).logits)
     up, down = (layers_of(model)[f"base_model.model.model.layers.1.mlp.{end}_proj"] for end in ("up", "down"))
-    with up.recorder.surround({"cluster_ids": IDS}):
-        one = up.route("default", torch.zeros(2, 9, 32), torch.zeros(0))[1]
-        other = down.route("default", torch.zeros(2, 9, 48), torch.zeros(0))[1]
-        again = up.route("default", torch.zeros(2, 9, 32), torch.zeros(0))[1]
+    with up.recorder.context.surround({"cluster_ids": IDS}):
+        one = up.dispatch("default", torch.zeros(2, 9, 32), torch.zeros(0))[1]
+        other = down.dispatch("default", torch.zeros(2, 9, 48), torch.zeros(0))[1]
+        again = up.dispatch("default", torch.zeros(2, 9, 32), torch.zeros(0))[1]
     assert one.plan is other.plan and one.top_k_weights is other.top_k_weights
     assert not torch.equal(one.top_k_weights, again.top_k_weights)
 
@@ -247,8 +247,8 @@ def test_a_universal_fallback_uses_the_universal_expert_alone():
     logits = model(**token_batch()).logits
     for layer in layers_of(model).values():
         layer.mocle_A["default"].weight.data[:-1] = 0
-        with torch.no_grad(), layer.recorder.surround({}):
-            routed = layer.route("default", torch.zeros(2, 9, layer.in_features), torch.zeros(0))[1]
+        with torch.no_grad(), layer.recorder.context.surround({}):
+            routed = layer.dispatch("default", torch.zeros(2, 9, layer.in_features), torch.zeros(0))[1]
         assert routed.top_k_weights is None and routed.plan.top_k_index.unique().tolist() == [3]
     assert torch.equal(model(**token_batch()).logits, logits)
     assert not torch.equal(model(**token_batch(), cluster_ids=IDS).logits, logits)

@@ -94,7 +94,7 @@ class TestForward:
     def test_tokens_that_a_model_flattens_are_cut_by_its_batch_and_by_nothing_else(self):
         model = build()
         layer = next(iter(layers_of(model).values()))
-        with layer.recorder.surround({"cluster_ids": IDS}), pytest.raises(ValueError, match="got a batch of 12"):
+        with layer.recorder.context.surround({"cluster_ids": IDS}), pytest.raises(ValueError, match="got a batch of 12"):
             layer(torch.randn(12, 32))
 
     def test_a_model_that_pools_a_batch_is_routed_after_pooling_too(self):
@@ -122,13 +122,13 @@ class TestPacked:
         routes = []
         for layer in layers_of(model).values():
             layer.register_forward_pre_hook(
-                lambda module, args: routes.append(module.route("default", args[0], args[0])[1])
+                lambda module, args: routes.append(module.dispatch("default", args[0], args[0])[1])
             )
         model(input_ids=packed, position_ids=positions, cluster_ids=ids)
         lengths = torch.tensor([row.shape[1] for row in rows])
         for layer, routed in zip(layers_of(model).values(), routes):
-            with layer.recorder.surround({"cluster_ids": ids}):
-                expected = layer.route("default", torch.zeros(3, 1, 1), torch.zeros(0))[1]
+            with layer.recorder.context.surround({"cluster_ids": ids}):
+                expected = layer.dispatch("default", torch.zeros(3, 1, 1), torch.zeros(0))[1]
             index = routed.plan.top_k_index[: int(lengths.sum())]
             assert torch.equal(index, expected.plan.example_index.repeat_interleave(lengths, dim=0))
             weights = routed.top_k_weights[: int(lengths.sum())]
@@ -140,11 +140,11 @@ class TestPacked:
         x, positions = torch.randn(1, 9, 32), torch.tensor([[0, 1, 2, 3, 0, 1, 0, 1, 2]])
         ids = torch.tensor([4, 0, 4])
         parameters = [p for p in layer.parameters() if p.requires_grad]
-        with layer.recorder.surround({"cluster_ids": ids, "position_ids": positions}):
+        with layer.recorder.context.surround({"cluster_ids": ids, "position_ids": positions}):
             found = torch.autograd.grad(layer(x).square().sum(), parameters)
         parts = []
         for start, stop, cluster in ((0, 4, 4), (4, 6, 0), (6, 9, 4)):
-            with layer.recorder.surround({"cluster_ids": torch.tensor([cluster])}):
+            with layer.recorder.context.surround({"cluster_ids": torch.tensor([cluster])}):
                 parts.append(torch.autograd.grad(layer(x[:, start:stop]).square().sum(), parameters))
         for gradient, *expected in zip(found, *parts):
             torch.testing.assert_close(gradient, sum(expected), rtol=1e-4, atol=1e-5)

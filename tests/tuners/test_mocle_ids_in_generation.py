@@ -35,11 +35,11 @@ class TestGenerate:
         seen = []
         layer = next(iter(layers_of(model).values()))
         layer.register_forward_pre_hook(
-            lambda module, args: seen.append(module.route("default", args[0], args[0])[1].plan.example_index)
+            lambda module, args: seen.append(module.dispatch("default", args[0], args[0])[1].plan.example_index)
         )
         model.generate(prompt(2), cluster_ids=ids, **settings)
-        with layer.recorder.surround({"cluster_ids": ids}):
-            expected = layer.route("default", torch.zeros(2, 1, 1), torch.zeros(0))[1].plan.example_index
+        with layer.recorder.context.surround({"cluster_ids": ids}):
+            expected = layer.dispatch("default", torch.zeros(2, 1, 1), torch.zeros(0))[1].plan.example_index
         assert len(seen) == 6
         assert all(torch.equal(index, expected.repeat_interleave(3, dim=0)) for index in seen)
 

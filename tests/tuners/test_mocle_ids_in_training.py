@@ -29,7 +29,7 @@ def spy_on_ids(model) -> list[torch.Tensor]:
     layer = next(iter(layers_of(model).values()))
 
     def look(module, args):
-        seen.append(module.scopes["default"].lookup.of_running_pass(module.recorder).ids)
+        seen.append(module.scopes["default"].lookup.of_running_pass(module.recorder.context).ids)
 
     layer.register_forward_pre_hook(look)
     return seen

@@ -64,6 +64,15 @@ LLAVA_PARTS = (
     "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] + ' ' }}{% endfor %}{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
+PHI_3 = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+THINKING = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nToday is {{ strftime_now('%d %b %Y') }}.<|im_end|>\n"
+    "{% endif %}"
+    + CHATML.replace("assistant\n{% endif", "assistant\n<think>\n\n</think>\n\n{% endif")
+)
 TEMPLATES = {
     "chatml": (CHATML, ["<|im_start|>", "<|im_end|>"]),
     "llama_2": (LLAMA_2, []),
@@ -71,6 +80,8 @@ TEMPLATES = {
     "vicuna": (VICUNA, []),
     "gemma": (GEMMA, ["<start_of_turn>", "<end_of_turn>"]),
     "mistral": (MISTRAL, []),
+    "phi_3": (PHI_3, ["<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]),
+    "thinking": (THINKING, ["<|im_start|>", "<|im_end|>"]),
 }
 WITHOUT_SYSTEM = ("gemma", "mistral")
 CHATS = {
@@ -311,7 +322,7 @@ class TestPromptsOfChatTemplates:
 
     def test_a_template_without_a_mark_before_the_user_is_refused(self):
         template = "{% for message in messages %}{{ message['content'] + eos_token }}{% endfor %}"
-        with pytest.raises(ValueError, match="nothing before a user turn.*instruction_pattern"):
+        with pytest.raises(ValueError, match="nothing before the text of a user.*instruction_pattern.*cluster_ids"):
             PromptReader(byte_tokenizer(template))
 
     def test_a_template_that_always_raises_is_refused(self):
@@ -322,6 +333,23 @@ class TestPromptsOfChatTemplates:
         template = "{% if messages | length > 1 %}{{ raise_exception('one turn') }}{% endif %}Q: {{ messages[0]['content'] }}\nA:"
         tokenizer = byte_tokenizer(template)
         assert PromptReader(tokenizer).read(**encoded(tokenizer, [[SECOND]])) == ["And how many?"]
+
+    def test_a_template_that_knows_no_generation_prompt_is_split_where_answers_begin(self):
+        template = "{% for message in messages %}{{ message['role'] + ': ' + message['content'] | trim + '\n' }}{% endfor %}"
+        tokenizer = byte_tokenizer(template)
+        batch = encoded(tokenizer, [[SECOND], [SECOND, ANSWER, FIRST]])
+        assert PromptReader(tokenizer).read(**batch) == ["And how many?"] * 2
+
+    def test_a_template_without_a_mark_behind_the_user_is_refused(self):
+        template = "{% for message in messages %}{{ 'Q: ' + message['content'] + '\n' }}{% endfor %}"
+        with pytest.raises(ValueError, match="nothing behind the text of a user.*instruction_pattern.*cluster_ids"):
+            PromptReader(byte_tokenizer(template.replace("'Q: ' +", "('Q: ' if message['role'] == 'user' else '') +")))
+
+    def test_the_system_prompt_of_a_template_may_have_changed_since(self):
+        _, extra = TEMPLATES["thinking"]
+        text = byte_tokenizer(THINKING, extra).apply_chat_template([SECOND, ANSWER], tokenize=False)
+        tokenizer = byte_tokenizer(THINKING.replace("Today", "Tomorrow"), extra)
+        assert PromptReader(tokenizer).read(**encoded_texts(tokenizer, [text])) == ["And how many?"]
 
     def test_an_unmarked_system_prompt_in_the_user_turn_counts_as_instruction(self):
         template = (

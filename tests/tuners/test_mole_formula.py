@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from peft_moe import MoLEConfig
-from peft_moe.tuners import experts_layer
+from peft_moe.tuners import lora_layer
 from peft_moe.tuners.mole import MoLELayer
 from tiny_models import tiny_llama, token_batch
 
@@ -143,13 +143,13 @@ def test_attention_is_left_alone_on_request():
 def plans(monkeypatch):
     """Every dispatch plan that a linear was computed with, in order."""
     seen = []
-    original = experts_layer.lora_experts
+    original = lora_layer.lora_experts
 
     def spy(*args, plan, **kwargs):
         seen.append(plan)
         return original(*args, plan=plan, **kwargs)
 
-    monkeypatch.setattr(experts_layer, "lora_experts", spy)
+    monkeypatch.setattr(lora_layer, "lora_experts", spy)
     return seen
 
 

@@ -1,4 +1,4 @@
-"""What the tuners share: injection around a recorder, checked loading, model cards, honest refusals."""
+"""What the tuners share: injection around a recorder, checked loading, honest refusals."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,30 +17,6 @@ from torch import nn
 from ..aux_loss import AuxLoss, AuxLossFunction, install_aux_loss, weighted_aux_loss
 from ..forward_context import remove_context
 from ..routing_recorder import RoutingRecorder, install_recorder
-from .model_card import complete_model_card
-
-
-CHECKPOINT_FORMAT = 1
-
-
-def raise_config_problems(config_name: str, problems: list[str]) -> None:
-    """Raise one `ValueError` that lists every problem of a configuration; do nothing if there is none."""
-    if problems:
-        raise ValueError(f"{config_name} cannot be used:\n" + "\n".join(f"  - {problem}" for problem in problems))
-
-
-def check_checkpoint_format(found: int, *, method: str) -> None:
-    """Refuse an adapter that a newer version of this package has written, or none at all."""
-    if not isinstance(found, int) or isinstance(found, bool) or found < 1:
-        raise ValueError(
-            f"checkpoint_format of a {method} adapter must be a whole number of at least 1, but is {found!r}. Leave it as "
-            "it was saved."
-        )
-    if found > CHECKPOINT_FORMAT:
-        raise ValueError(
-            f"This {method} adapter has checkpoint format {found}, but this version of peft_moe reads up to "
-            f"{CHECKPOINT_FORMAT}. It was written by a newer version: run `pip install --upgrade peft-moe`."
-        )
 
 
 def refuse_reentrant_checkpointing_under_ddp(recorder: RoutingRecorder, *, shares_parameters: bool = False) -> None:
@@ -114,20 +90,6 @@ def check_finite(values: torch.Tensor, what: str) -> None:
 def _total(values: torch.Tensor) -> torch.Tensor:
     # half precision overflows in the sum of finite values
     return values.sum(dtype=torch.promote_types(values.dtype, torch.float32))
-
-
-class MoeTunerConfig(PeftConfig):
-    """Mixin of the configurations: the model card of a saved adapter says what it is and how to load it."""
-
-    method: ClassVar[str]
-    paper_url: ClassVar[str]
-    card_fields: ClassVar[tuple[str, ...]] = ()
-    """what the model card lists, in this order"""
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save as PEFT does, then complete the model card in the same folder, if there is one."""
-        super().save_pretrained(save_directory, **kwargs)
-        complete_model_card(save_directory, self)
 
 
 class MoeTuner(BaseTuner):

@@ -1,13 +1,12 @@
 """MoCLE: the cluster of an instruction chooses the LoRA expert, after Mixture of Cluster-conditional LoRA Experts."""
 
-from .attach import attach_encoder
-from .clustering import InstructionClusterer
-from .collator import ClusterIdsCollator
+from .clustering import InstructionClusterer, choose_num_clusters
+from .clusters import ClusterIdsCollator
 from .config import MoCLEConfig
+from .entrance import attach_encoder
 from .export import ClusterAdapterRouter, export_all, export_cluster_lora
 from .layer import MoCLELayer
 from .model import MoCLEModel
-from .num_clusters import choose_num_clusters
 
 
 __all__ = [

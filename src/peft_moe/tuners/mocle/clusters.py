@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ...forward_context import ForwardContext, ForwardPass
 from ...routing import ClusterCentroids
-from ...routing_recorder import RoutingRecorder
 from ...sequence_state import sequence_state
 from .config import MoCLEConfig
-
-
-if TYPE_CHECKING:
-    from .layer import MoCLELayer
 
 
 CLUSTER_IDS = "cluster_ids"
@@ -91,40 +86,29 @@ class ClusterLookup:
     def __init__(self, adapter_name: str, config: MoCLEConfig, *, finder: ClusterFinder | None = None) -> None:
         self.adapter_name = adapter_name
         self.config = config
-        self.num_clusters = config.num_clusters
-        self.fallback = config.fallback
         self.finder = finder
-        self.centroids_owner: MoCLELayer | None = None
-        """the layer that holds the centroids, if the adapter carries any"""
+        self.centroids: ClusterCentroids | None = None
+        """those that the adapter carries"""
         self._has_checked_centroids = False
-
-    @property
-    def centroids(self) -> ClusterCentroids | None:
-        """Those that the adapter carries."""
-        if self.centroids_owner is None:
-            return None
-        centroids: ClusterCentroids = self.centroids_owner.mocle_centroids[self.adapter_name]
-        return centroids
 
     def check_centroids(self) -> None:
         """Raise `ValueError` where the configuration names centroids that were neither given nor loaded."""
-        centroids = self.centroids
-        if centroids is not None and not centroids.are_known:
+        if self.centroids is not None and not self.centroids.are_known:
             raise ValueError(
                 f"The configuration of the MoCLE adapter {self.adapter_name!r} names centroids (centroids_sha256), but "
                 "they were neither given nor loaded. Make the configuration from the clustering, by "
                 "MoCLEConfig.from_clusterer(...), or load the whole adapter, by PeftModel.from_pretrained(...)."
             )
 
-    def of_running_pass(self, recorder: RoutingRecorder) -> BatchClusters:
+    def of_running_pass(self, context: ForwardContext) -> BatchClusters:
         """The clusters of what is being computed, worked out once per pass.
 
         Raises:
             ValueError: they are not known and there is no fallback, or they make no sense.
         """
-        forward_pass = recorder.find_pass()
+        forward_pass = context.find_pass()
         if forward_pass is None:
-            if self.fallback == "universal":
+            if self.config.fallback == "universal":
                 return BatchClusters(None)
             raise ValueError(
                 f"The clusters of this batch are not known to the MoCLE adapter {self.adapter_name!r}: a part of the "
@@ -161,7 +145,7 @@ class ClusterLookup:
             elif remembered is not None:
                 return BatchClusters(remembered, is_expandable=True)
         if ids is None:
-            if self.fallback == "universal":
+            if self.config.fallback == "universal":
                 return BatchClusters(None)
             raise ValueError(
                 f"The MoCLE adapter {self.adapter_name!r} needs the cluster of each example, but got no cluster_ids. Pass "
@@ -202,9 +186,9 @@ class ClusterLookup:
             )
         if ids.device.type != "meta" and not torch.compiler.is_compiling():
             smallest, largest = (int(bound) for bound in torch.aminmax(ids))
-            if smallest < 0 or largest >= self.num_clusters:
+            if smallest < 0 or largest >= self.config.num_clusters:
                 raise ValueError(
-                    f"cluster_ids must be between 0 and {self.num_clusters - 1} (num_clusters={self.num_clusters}), but "
+                    f"cluster_ids must be between 0 and {self.config.num_clusters - 1} (num_clusters={self.config.num_clusters}), but "
                     f"holds {smallest if smallest < 0 else largest}. They come from another clustering; predict them with "
                     "the clusterer that the adapter was made from."
                 )
@@ -257,3 +241,51 @@ def remember_clusters(context: ForwardContext, forward_pass: ForwardPass, output
             ids = clusters.ids if repeats == 1 else clusters.ids.repeat_interleave(repeats)
             state.keep((CLUSTER_IDS, key.adapter_name), ids)
     return output
+
+
+class ClusterIdsCollator:
+    """Wraps a collator that knows nothing of `cluster_ids`, such as those of trl.
+
+    The collators of transformers need no wrapper: they keep every column of numbers. trl's trainers drop the column even
+    before the collator, unless `remove_unused_columns=False`.
+
+    Args:
+        collator (`Callable`):
+            Makes a batch from a list of examples.
+
+    Returns:
+        The batch of `collator`, with `cluster_ids` `(N,)` int64 added. An example that packs several has a list of ids;
+        N counts all of them.
+
+    Raises:
+        ValueError: an example has no `cluster_ids`.
+
+    Example:
+
+    ```py
+    >>> from trl import SFTConfig, SFTTrainer
+    >>> from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    >>> collator = ClusterIdsCollator(DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id))
+    >>> args = SFTConfig("out", remove_unused_columns=False)
+    >>> trainer = SFTTrainer(model, args, train_dataset=dataset, data_collator=collator)
+    ```
+    """
+
+    def __init__(self, collator: Callable[[list[dict[str, Any]]], Any]) -> None:
+        self.collator = collator
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> Any:
+        ids: list[int] = []
+        for position, example in enumerate(examples):
+            found = example.get(CLUSTER_IDS)
+            if found is None:
+                raise ValueError(
+                    f"Example {position} of the batch has no cluster_ids, but only {sorted(example)}. Add the column by "
+                    "InstructionClusterer.add_cluster_ids, and keep it: trl's trainers need remove_unused_columns=False."
+                )
+            found = torch.as_tensor(found).reshape(-1).tolist()
+            ids += found
+        batch = self.collator([{k: v for k, v in example.items() if k != CLUSTER_IDS} for example in examples])
+        batch[CLUSTER_IDS] = torch.tensor(ids)
+        return batch

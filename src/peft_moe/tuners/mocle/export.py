@@ -1,4 +1,5 @@
-"""MoCLE as ordinary LoRA: one adapter for a cluster, or one per route with a table that says which cluster needs which."""
+"""MoCLE as ordinary LoRA: one adapter for a cluster, or one for each different mixture of experts with a table that says
+which cluster needs which, and `ClusterAdapterRouter`, which picks the adapter of a text by that table."""
 
 from __future__ import annotations
 
@@ -7,8 +8,7 @@ import operator
 import os
 import re
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,25 +24,122 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...foreign_moe import base_of
-from ..experts_model import adaptable_modules
-from ..model_card import CARD_FILE, is_hub_id
+from ..card import CARD_FILE, is_hub_id
+from ..lora_model import adaptable_modules
 from ..structure import shorten
-from .adapter_router import STAGING_PREFIX, TABLE_FILE, ClusterAdapterRouter, write_table
+from .clustering import FORMAT_VERSION, InstructionClusterer, checksum, damaged, find_file, read_settings
 from .clusters import BatchClusters
 from .config import MoCLEConfig
+from .encoder import SentenceEncoder
 from .layer import MoCLELayer
 
 
-__all__ = ["ClusterAdapterRouter", "export_all", "export_cluster_lora"]
-
+TABLE_FILE = "clusters.json"
+TABLE_KEYS = ("adapters", "encoder_name", "template", "instruction_pattern", "centroids", "centroids_sha256")
+STAGING_PREFIX = ".export-"
+"""what the names of folders that a crash may leave begin with"""
 EXPORT_MARK = "mocle_cluster"
 """key in the metadata of the safetensors file by which an export is known again"""
 UNIVERSAL = "universal"
 KEY_PREFIX = "base_model.model."
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 
-Route = tuple[tuple[int, float], ...]
-"""The experts of a cluster in one linear, each with its weight, in the order of their numbers."""
+Mixture = tuple[tuple[int, float], ...]
+"""the experts of a cluster in one linear, each with its weight, in the order of their numbers"""
+
+
+class ClusterAdapterRouter:
+    """Says which exported adapter a text needs: the client's half of serving MoCLE by a server with several LoRAs.
+
+    Args:
+        clusterer (`InstructionClusterer`): finds the cluster.
+        adapters (`Sequence[str]`): the name of the adapter of each cluster.
+
+    Raises:
+        ValueError: there are not as many adapters as clusters.
+
+    Example:
+
+    ```py
+    >>> router = ClusterAdapterRouter.from_pretrained("adapters")
+    >>> router.adapter_for("What colour is the car?")
+    'cluster_4'
+    >>> router.adapter_for([{"role": "user", "content": "What colour is the car?"}])
+    'cluster_4'
+    ```
+    """
+
+    def __init__(self, clusterer: InstructionClusterer, adapters: Sequence[str]) -> None:
+        if len(adapters) != clusterer.num_clusters:
+            raise ValueError(
+                f"There are {clusterer.num_clusters} clusters, but {len(adapters)} adapters were named. Name one per cluster."
+            )
+        self.clusterer = clusterer
+        self.adapters = tuple(adapters)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        encoder: str | Path | SentenceEncoder | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> ClusterAdapterRouter:
+        """The router of an export in a folder or on the Hub; only `clusters.json` is read, and the encoder when needed.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `Path`): what [`export_all`] wrote: a folder, or an id on the Hub.
+            encoder (`str`, `Path` or `SentenceEncoder`, *optional*): where to find the encoder instead, e.g. a local copy.
+            revision, token, cache_dir, local_files_only: as everywhere on the Hub.
+
+        Raises:
+            ValueError: the export holds no centroids, is damaged, or was written in a newer format.
+            OSError: there is no such folder and nothing to be had from the Hub.
+        """
+        name = str(pretrained_model_name_or_path)
+        options = {
+            "revision": revision,
+            "token": token,
+            "cache_dir": cache_dir,
+            "local_files_only": local_files_only,
+        }
+        table = read_settings(name, find_file(name, TABLE_FILE, options), TABLE_KEYS)
+        encoder = table["encoder_name"] if encoder is None else encoder
+        if table["centroids"] is None or encoder is None:
+            missing = "centroids" if table["centroids"] is None else "name of an encoder"
+            raise ValueError(
+                f"The export in {name!r} holds no {missing}, so a text has no cluster: the adapter was not made by "
+                f"MoCLEConfig.from_clusterer. Find the cluster as in training, and the adapter as "
+                f"json.load(open('{TABLE_FILE}'))['adapters'][cluster]."
+            )
+        centroids = torch.tensor(table["centroids"], dtype=torch.float32)
+        if checksum(centroids) != table["centroids_sha256"] or len(table["adapters"]) != len(centroids):
+            raise damaged(name, TABLE_FILE, "the centroids are not those that were written, or some adapters are missing")
+        clusterer = InstructionClusterer(
+            centroids,
+            encoder=encoder,
+            template=table["template"],
+            instruction_pattern=table["instruction_pattern"],
+        )
+        return cls(clusterer, table["adapters"])
+
+    def adapter_for(self, text: str | Sequence[Mapping[str, Any]]) -> str:
+        """The name of the adapter for a text or a chat."""
+        return self.adapters_for([text])[0]
+
+    def adapters_for(self, texts: Sequence[str | Sequence[Mapping[str, Any]]]) -> list[str]:
+        """The names of the adapters for N texts or chats, which are encoded together.
+
+        Raises:
+            ValueError: no texts, one without an instruction, or an encoder of another width than the centroids.
+        """
+        return [self.adapters[cluster] for cluster in self.clusterer.predict(texts).tolist()]
+
+    def __repr__(self) -> str:
+        return f"ClusterAdapterRouter({self.clusterer!r}, {len(set(self.adapters))} adapters)"
 
 
 def export_cluster_lora(
@@ -84,14 +181,14 @@ def export_cluster_lora(
     ```
     """
     adapter = _Adapter.find(model, adapter_name)
-    routes = adapter.routes(cluster)
+    mixtures = adapter.mixtures(cluster)
     folder = _usable_folder(path)
-    _write_adapter(folder, adapter, routes, UNIVERSAL if cluster is None else str(operator.index(cluster)))
+    _write_adapter(folder, adapter, mixtures, UNIVERSAL if cluster is None else str(operator.index(cluster)))
     return folder
 
 
 def export_all(model: nn.Module, path: str | Path, *, adapter_name: str | None = None) -> list[Path]:
-    """Write an ordinary LoRA adapter for every route, and the table from clusters to adapters.
+    """Write an ordinary LoRA adapter for every different mixture of experts, and the table from clusters to adapters.
 
     Clusters whose experts and weights are equal in all linears share one adapter, `cluster_<the lowest of their ids>`.
     `clusters.json` is what [`ClusterAdapterRouter`] reads; it is written last, and with the centroids if the adapter has
@@ -117,23 +214,32 @@ def export_all(model: nn.Module, path: str | Path, *, adapter_name: str | None =
     """
     adapter = _Adapter.find(model, adapter_name)
     root = _folder(path)
-    routes = [adapter.routes(cluster) for cluster in range(adapter.config.num_clusters)]
-    members: dict[tuple[Route, ...], list[int]] = {}
-    for cluster, by_layer in enumerate(routes):
+    mixtures = [adapter.mixtures(cluster) for cluster in range(adapter.config.num_clusters)]
+    members: dict[tuple[Mixture, ...], list[int]] = {}
+    for cluster, by_layer in enumerate(mixtures):
         members.setdefault(tuple(by_layer.values()), []).append(cluster)
     folders = {group[0]: _usable_folder(root / f"cluster_{group[0]}") for group in members.values()}
     (root / TABLE_FILE).unlink(missing_ok=True)
     for group in members.values():
-        _write_adapter(folders[group[0]], adapter, routes[group[0]], ",".join(map(str, group)))
+        _write_adapter(folders[group[0]], adapter, mixtures[group[0]], ",".join(map(str, group)))
     _remove_stale(root, keep=list(folders.values()))
-    write_table(
-        root,
-        [folders[members[tuple(by_layer.values())][0]].name for by_layer in routes],
-        adapter.config,
-        base_name=adapter.base_name,
-        max_rank=max(adapter.ranks(routes[0]).values()),
-        centroids=adapter.centroids,
-    )
+    centroids = adapter.centroids
+    table = {
+        "format_version": FORMAT_VERSION,
+        "base_model_name_or_path": adapter.base_name,
+        "max_lora_rank": max(adapter.ranks(mixtures[0]).values()),
+        "adapters": [folders[members[tuple(by_layer.values())][0]].name for by_layer in mixtures],
+        "encoder_name": adapter.config.encoder_name,
+        "template": adapter.config.instruction_template,
+        "instruction_pattern": adapter.config.instruction_pattern,
+        "centroids_sha256": None if centroids is None else checksum(centroids),
+        # the shortest digits that give the same float32 again
+        "centroids": None if centroids is None else [[float(str(x)) for x in row] for row in centroids.numpy()],
+    }
+    with tempfile.TemporaryDirectory(dir=root, prefix=STAGING_PREFIX) as scratch:
+        staged = Path(scratch) / TABLE_FILE
+        staged.write_text(json.dumps(table) + "\n", encoding="utf-8")
+        os.replace(staged, root / TABLE_FILE)
     return list(folders.values())
 
 
@@ -169,7 +275,7 @@ class _Adapter:
         return cls(adapter_name, base.peft_config[adapter_name], base, layers)
 
     @torch.no_grad()
-    def routes(self, cluster: int | None) -> dict[str, Route]:
+    def mixtures(self, cluster: int | None) -> dict[str, Mixture]:
         """The experts of a cluster in each linear."""
         if cluster is None:
             if not self.config.universal_expert:
@@ -179,16 +285,19 @@ class _Adapter:
                 )
             return dict.fromkeys(self.layers, ((self.config.num_experts, 1.0),))
         cluster = self._checked(cluster)
-        by_scope: dict[str, Route] = {}
+        by_scope: dict[str, Mixture] = {}
         for layer in self.layers.values():
             scope = layer.scopes[self.name]
             if scope.name in by_scope:
                 continue
-            assert scope.embedding_owner is not None
-            for module in (scope.gate, scope.embedding_owner.mocle_embedding[self.name]):
+            for module in (scope.gate, scope.embedding):
                 _check_whole(module.weight, f"gate of '{scope.name}'")
-            with _in_eval_mode(scope.gate):
+            was_training = scope.gate.training
+            scope.gate.eval()  # no noise
+            try:
                 output = scope.decide(BatchClusters(torch.tensor([cluster])), torch.device("cpu"))
+            finally:
+                scope.gate.train(was_training)
             assert output.top_k_weights is not None
             pairs = zip(output.top_k_index[0].tolist(), output.top_k_weights[0].tolist(), strict=True)
             by_scope[scope.name] = tuple(sorted(pairs))
@@ -210,7 +319,7 @@ class _Adapter:
             )
         return number
 
-    def lora_tensors(self, routes: dict[str, Route]) -> dict[str, torch.Tensor]:
+    def lora_tensors(self, mixtures: dict[str, Mixture]) -> dict[str, torch.Tensor]:
         """A `(K · R, D)` and B `(O, K · R)` of each linear, under the keys of PEFT."""
         tensors = {}
         for name, layer in self.layers.items():
@@ -218,18 +327,18 @@ class _Adapter:
             for weight in (A, B):
                 _check_whole(weight, f"experts of '{name}'")
             dtype = A.dtype if A.dtype in HALF_DTYPES else torch.float32
-            experts = torch.tensor([expert for expert, _ in routes[name]], device=A.device)
+            experts = torch.tensor([expert for expert, _ in mixtures[name]], device=A.device)
             factors = torch.tensor(
-                [layer.scaling[self.name] * weight for _, weight in routes[name]], dtype=torch.float64
+                [layer.scaling[self.name] * weight for _, weight in mixtures[name]], dtype=torch.float64
             )
             scaled = B[experts].cpu().double() * factors[:, None, None]
             tensors[f"{KEY_PREFIX}{name}.lora_A.weight"] = A[experts].flatten(0, 1).to("cpu", dtype)
             tensors[f"{KEY_PREFIX}{name}.lora_B.weight"] = scaled.flatten(0, 1).T.to(dtype).contiguous()
         return tensors
 
-    def ranks(self, routes: dict[str, Route]) -> dict[str, int]:
+    def ranks(self, mixtures: dict[str, Mixture]) -> dict[str, int]:
         """The rank of the export in each linear."""
-        return {name: layer.r[self.name] * len(routes[name]) for name, layer in self.layers.items()}
+        return {name: layer.r[self.name] * len(mixtures[name]) for name, layer in self.layers.items()}
 
     @cached_property
     def other_tensors(self) -> dict[str, torch.Tensor]:
@@ -242,9 +351,9 @@ class _Adapter:
             if not key.startswith(own)
         }
 
-    def lora_config(self, routes: dict[str, Route]) -> LoraConfig:
+    def lora_config(self, mixtures: dict[str, Mixture]) -> LoraConfig:
         """The configuration of the export."""
-        ranks = self.ranks(routes)
+        ranks = self.ranks(mixtures)
         # the largest one, for servers that look at r alone to reserve memory
         rank = max(ranks.values())
         pattern = _rank_pattern(ranks, rank)
@@ -305,16 +414,6 @@ def _check_whole(weight: torch.Tensor, what: str) -> None:
         )
 
 
-@contextmanager
-def _in_eval_mode(module: nn.Module) -> Iterator[None]:
-    was_training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(was_training)
-
-
 def _rank_pattern(ranks: dict[str, int], default: int) -> dict[str, int]:
     """Ranks that differ from the default, by the last part of names where that tells them."""
     ends: dict[str, set[int]] = {}
@@ -367,13 +466,13 @@ def _adapter_type(config_file: Path) -> str | None:
         return None
 
 
-def _write_adapter(folder: Path, adapter: _Adapter, routes: dict[str, Route], clusters: str) -> None:
+def _write_adapter(folder: Path, adapter: _Adapter, mixtures: dict[str, Mixture], clusters: str) -> None:
     """Write beside the old files and then replace them one by one, the configuration removed first and put in last: without
     it nothing takes the folder for an adapter."""
     from safetensors.torch import save_file
 
-    config = adapter.lora_config(routes)
-    tensors = {**adapter.other_tensors, **adapter.lora_tensors(routes)}
+    config = adapter.lora_config(mixtures)
+    tensors = {**adapter.other_tensors, **adapter.lora_tensors(mixtures)}
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=STAGING_PREFIX) as scratch:
         staging = Path(scratch)

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from .chat_template import PATTERN_HINT, TurnMarks
-
 
 PLACEHOLDER = re.compile(r"<\|?(?:image|video|audio)(?:[_ -]?\d+)?\|?>")
+PLACE_OF_INSTRUCTION = "{}"
 USER_ROLES = ("user", "human")
 IGNORED_LABEL = -100
+SYSTEM, USER, ANSWER = "generalbehaviour", "firstquestion", "firstanswer"
+"""texts of a marked turn: without whitespace, which templates strip, and in no template's own words"""
+ROLES = {SYSTEM: "system", USER: "user", ANSWER: "assistant"}
+WAYS_OUT = (
+    r"Give instruction_pattern, a regular expression with one group around the instruction, such as "
+    r"r'USER: (.*?) ASSISTANT:', or r'(.*)' for everything; or pass cluster_ids."
+)
+
+Texts = Iterable[str | Sequence[Mapping[str, Any]]]
 
 
 def instruction_text(
@@ -74,6 +83,44 @@ def instruction_text(
     return clean
 
 
+def read_instructions(texts: Any, instruction_pattern: str | None, *, rows: Sequence[int] | None = None) -> list[str]:
+    """The instruction of each text or chat.
+
+    Args:
+        texts (`Iterable`): N texts or chats, see [`instruction_text`].
+        instruction_pattern (`str`, *optional*): see [`instruction_text`].
+        rows (`Sequence[int]`, *optional*): the indices by which errors name the texts.
+
+    Raises:
+        ValueError: there are none, one has no instruction, or this is a single text or a data set.
+    """
+    is_single = isinstance(texts, str | bytes | Mapping) or not isinstance(texts, Iterable)
+    if is_single or hasattr(texts, "column_names"):
+        raise ValueError(
+            f"A list of texts or chats is needed, but this is a {type(texts).__name__}. Put a single one into a list; "
+            "of a data set, give a column: dataset['prompt']."
+        )
+    instructions = []
+    for index, text in enumerate(texts):
+        try:
+            instructions.append(instruction_text(text, instruction_pattern=instruction_pattern))
+        except ValueError as error:
+            raise ValueError(f"Text {index if rows is None else rows[index]}: {error}") from error
+    if not instructions:
+        raise ValueError("There are no texts to cluster.")
+    return instructions
+
+
+def check_text_settings(template: str, instruction_pattern: str | None) -> None:
+    """Raise `ValueError` unless the template has one place for the instruction, and the pattern one group."""
+    if template.count(PLACE_OF_INSTRUCTION) != 1:
+        raise ValueError(
+            f"The template of instructions has to contain {PLACE_OF_INSTRUCTION!r} exactly once, where the instruction "
+            f"goes, but is {template!r}."
+        )
+    compile_instruction_pattern(instruction_pattern)
+
+
 def compile_instruction_pattern(pattern: str | re.Pattern[str] | None) -> re.Pattern[str] | None:
     """`pattern` compiled, with `.` for line breaks too.
 
@@ -98,16 +145,18 @@ class PromptReader:
     r"""Reads the instruction back out of the token ids that a model receives.
 
     For prompts made with the chat template of the tokenizer the result equals [`instruction_text`] of the chat, with or
-    without system prompt, answer, further turns, padding and repeated image tokens. The marks around a user turn are
-    learnt from the template: it is rendered with known texts, and what always stands before and after them is kept.
+    without system prompt, answer, further turns, padding and repeated image tokens. The template is rendered once with
+    a marked turn (and once more behind a marked system prompt); what it writes around the marks is looked for in the
+    prompt, and the first user turn counts.
 
     Without template and pattern the whole text counts, without special tokens; where labels are given, only the tokens
-    before the first label that is not -100, so that the answer does not take part. So does a text that shows no mark of
-    the template at all: it is no chat.
+    before the first label that is not -100, so that the answer does not take part. So does a text in which nothing of
+    the template occurs: it is no chat.
 
-    Three things cannot be undone: what truncation cut off (where the first user turn is gone whole, the second counts); what a tokenizer does not keep (such as upper case); and a
-    system prompt that the template writes into the user turn without a mark (Gemma 3), which is read as part of the
-    instruction. Special tokens inside the turn are taken for image tokens and the like, and left out.
+    Three things cannot be undone: what truncation cut off (where the first user turn is gone whole, the second counts);
+    what a tokenizer does not keep (such as upper case); and a system prompt that the template writes into the user turn
+    without a mark (Gemma 3), which is read as part of the instruction. Special tokens inside the turn are taken for
+    image tokens and the like, and left out.
 
     Args:
         tokenizer: a tokenizer, or a processor that has one.
@@ -117,7 +166,8 @@ class PromptReader:
             it finds is cleaned like everything else.
 
     Raises:
-        ValueError: the pattern has not exactly one group, or the chat template has no mark before a user turn.
+        ValueError: the pattern has not exactly one group, or the chat template writes nothing before or nothing behind
+            the text of a user.
 
     Example:
 
@@ -135,12 +185,11 @@ class PromptReader:
         self.instruction_pattern = compile_instruction_pattern(instruction_pattern)
         tokens = _special_tokens(tokenizer) | _special_tokens(processor)
         longest_first = sorted(tokens, key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, longest_first))) if tokens else None
-        self._marks: TurnMarks | None = None
-        if self.instruction_pattern is None:
-            template_owner = next((owner for owner in (processor, tokenizer) if _has_template(owner)), None)
-            if template_owner is not None:
-                self._marks = TurnMarks.learn(template_owner, tokens, tokenizer.bos_token)
+        self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        owner = next((owner for owner in (processor, tokenizer) if getattr(owner, "chat_template", None)), None)
+        self._turn = None
+        if self.instruction_pattern is None and owner is not None:
+            self._turn = _MarkedTurn.render(owner, self._special, tokenizer.bos_token or "")
 
     def read(
         self,
@@ -179,12 +228,12 @@ class PromptReader:
             text = self.tokenizer.decode(
                 [ids[index] for index in part], skip_special_tokens=False, clean_up_tokenization_spaces=False
             )
-            if (found := self._find(text)) and (clean := self._clean(found)):
+            if (found := self._find(text)) and (clean := _clean(self._special.sub(" ", found))):
                 return clean
-        if self._marks is not None:
+        if self._turn is not None:
             raise ValueError(
-                f"Row {row} has no user turn as the chat template writes it ({_shown(self._marks.shown)} before "
-                f"the text): {_shown(text)}. Make prompts with the chat template. {PATTERN_HINT}"
+                f"Row {row} has no user turn as the chat template writes it ({_shown(self._turn.before)} before the "
+                f"text): {_shown(text)}. Make prompts with the chat template. {WAYS_OUT}"
             )
         if self.instruction_pattern is not None:
             raise ValueError(
@@ -196,17 +245,78 @@ class PromptReader:
     def _find(self, text: str) -> str | None:
         if self.instruction_pattern is not None:
             return _match(self.instruction_pattern, text)
-        if self._marks is None:
+        if self._turn is None or not self._turn.traces.search(text):
             return text
-        turn = self._marks.first_user_turn(text)
-        return text if turn is None and not self._marks.occur_in(text) else turn
-
-    def _clean(self, text: str) -> str:
-        return _clean(text if self._special is None else self._special.sub(" ", text))
+        return _match(self._turn.pattern, text)
 
 
-def _has_template(owner: Any) -> bool:
-    return bool(getattr(owner, "chat_template", None))
+@dataclass(frozen=True)
+class _MarkedTurn:
+    """What a chat template writes around the first user turn, seen by rendering one with marks for its texts."""
+
+    before: str
+    pattern: re.Pattern[str]
+    """group 1 is the text of the first user turn, up to the end where truncation left the turn open"""
+    traces: re.Pattern[str]
+    """what occurs in every text that the template has made, whole or cut"""
+
+    @classmethod
+    def render(cls, template_owner: Any, special: re.Pattern[str], start_token: str) -> _MarkedTurn:
+        """The marks of a template. Prompts may come without the token that starts a text."""
+        rendered = _render(template_owner, USER, ANSWER) or _render(template_owner, USER)
+        if rendered is None:
+            raise ValueError(f"The chat template of the tokenizer cannot be rendered with a user turn. {WAYS_OUT}")
+        before, _, behind = rendered.partition(USER)
+        before = before.removeprefix(start_token).strip()
+        after = behind.partition(ANSWER)[0].strip()
+        # generation prompts and the end of a text differ from what stands before an answer, but not where it begins
+        if token := special.search(after):
+            after = after[: token.start()].strip() or token.group()
+        for mark, place in ((before, "before"), (after, "behind")):
+            if not mark:
+                raise ValueError(
+                    f"The chat template of the tokenizer writes nothing {place} the text of a user by which it can be "
+                    f"told from the rest of a prompt. {WAYS_OUT}"
+                )
+        opening = _loosely(before)
+        with_system = _render(template_owner, SYSTEM, USER, ANSWER) or _render(template_owner, SYSTEM, USER) or ""
+        head, _, behind_system = with_system.partition(USER)[0].removeprefix(start_token).partition(SYSTEM)
+        if behind_system.strip() and head.strip().startswith(before):
+            # Llama 2 writes the system prompt inside of the user turn
+            within = head.strip().removeprefix(before)
+            opening = rf"{opening}(?:\s*{_loosely(within)}.*?{_loosely(behind_system)})?"
+        elif behind_system.strip():
+            # this alone also finds the turn behind a system prompt of the template's own, which may hold the date
+            opening = f"(?:{_loosely(behind_system)}|{opening})"
+        tokens = {match.group() for match in special.finditer(before + after)}
+        traces = "|".join(map(re.escape, sorted(tokens)))
+        return cls(
+            before,
+            re.compile(rf"{opening}(.*?)(?:{_loosely(after)}|\Z)", re.DOTALL),
+            re.compile("|".join(filter(None, (opening, _loosely(after), traces))), re.DOTALL),
+        )
+
+
+def _render(template_owner: Any, *marks: str) -> str | None:
+    """The marks as the texts of a chat; `None` if the template refuses it, or does not write all of them in this order."""
+    parts = [[{"type": "text", "text": mark}] for mark in marks]
+    for contents in (marks, parts):
+        chat = [{"role": ROLES[mark], "content": content} for mark, content in zip(marks, contents, strict=True)]
+        is_open = marks[-1] == USER
+        try:
+            text = str(template_owner.apply_chat_template(chat, tokenize=False, add_generation_prompt=is_open))
+        except Exception:  # a template is a foreign program and may raise anything
+            continue
+        if re.search(".*".join(marks), text, re.DOTALL):
+            return text
+    return None
+
+
+def _loosely(mark: str) -> str:
+    """A regular expression for `mark` with any whitespace, which tokenizers move, and not at the end of a word."""
+    mark = mark.strip()
+    is_word = re.match(r"\w", mark) is not None
+    return (r"(?<!\w)" if is_word else "") + r"\s*".join(re.escape(c) for c in mark if not c.isspace())
 
 
 def _special_tokens(owner: Any) -> set[str]:

@@ -11,14 +11,13 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ...foreign_moe import base_of
-from ..experts_model import LoraExpertsModel
+from ..lora_model import LoraExpertsModel
 from ..structure import ATTENTION_BLOCKS, MLP_BLOCKS, find_blocks, text_linear_names
-from .cluster_file import checksum
+from .clustering import checksum
 from .clusters import ClusterFinder, ClusterLookup
 from .config import MoCLEConfig
 from .entrance import close_entrance, open_entrance
-from .layer import MoCLELayer, lookups_of
-from .scope import GateScope
+from .layer import GateScope, MoCLELayer, lookups_of
 
 
 # their language model gets its adapters in the attention (paper, section 4)
@@ -78,7 +77,7 @@ class MoCLEModel(LoraExpertsModel):
     def _centroids_of_a_sibling(self, config: MoCLEConfig) -> torch.Tensor | None:
         for sibling in self._siblings(config):
             centroids = sibling.centroids
-            if centroids is not None and centroids.are_known and not centroids.weight.is_meta:
+            if centroids is not None and not centroids.weight.is_meta and centroids.are_known:
                 return centroids.weight.detach().cpu().clone()
         return None
 

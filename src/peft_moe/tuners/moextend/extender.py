@@ -24,7 +24,7 @@ from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq
 from ...foreign_moe import BASE, MoeBlock, configs_of, find_moe_blocks, listen_to_routers, probe
 from ...forward_context import ForwardPass
 from ...routing_recorder import statistics_of
-from ..experts_config import is_number, is_positive_int
+from ..config import is_number, is_positive_int
 from .report import ExtenderReport
 
 

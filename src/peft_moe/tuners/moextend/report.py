@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..experts_config import is_positive_int
+from ..config import is_positive_int
 from .config import MoExtendConfig
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
@@ -12,9 +14,56 @@ from ...kernels import DispatchPlan
 from ...routing import RouterOutput, TopKRouter
 from ...routing_recorder import RoutingRecorder
 from ..base import check_finite, refuse_reentrant_checkpointing_under_ddp, refuse_replica
-from ..experts_layer import LoraExpertsLayer, Routed
+from ..lora_layer import Dispatch, LoraExpertsLayer
 from .config import MoLEConfig
-from .scope import RouterScope
+
+
+class RouterScope:
+    """The linears that follow one router, in the order in which they were found; the first one owns the router.
+
+    The owner leaves its decision here in each forward, the others take it, each once. What is left over or missing shows
+    that the linears were not called as one MLP, which is an error and not a reason to guess.
+
+    Args:
+        name (`str`): name of the MLP (or of the linear, with `router_scope="module"`).
+        adapter_name (`str`): the adapter that this scope belongs to.
+    """
+
+    def __init__(self, name: str, adapter_name: str) -> None:
+        self.name = name
+        self.adapter_name = adapter_name
+        self.members: list[str] = []
+        self.num_experts = 0
+        self._dispatch: Dispatch | None = None
+        self._waiting: set[str] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A decision belongs to a running forward; copies start without one."""
+        return {**self.__dict__, "_dispatch": None, "_waiting": set()}
+
+    def leave(self, dispatch: Dispatch) -> None:
+        """Called by the owner."""
+        self._waiting = set(self.members[1:])
+        self._dispatch = dispatch if self._waiting else None
+
+    def take(self, member: str, num_tokens: int) -> Dispatch:
+        """Called by every other member, for `num_tokens` tokens."""
+        dispatch = self._dispatch
+        if dispatch is None or member not in self._waiting:
+            raise RuntimeError(
+                f"'{member}' follows the router of '{self.members[0]}', but was called before it or twice in one "
+                "forward pass. This MLP does not call its linears in their usual order; use "
+                'MoLEConfig(router_scope="module"), which gives each linear its own router.'
+            )
+        if dispatch.plan.num_tokens != num_tokens:
+            raise RuntimeError(
+                f"'{member}' received {num_tokens} tokens, but the router of '{self.members[0]}' routed "
+                f'{dispatch.plan.num_tokens}. Use MoLEConfig(router_scope="module"), which gives each linear its own router.'
+            )
+        self._waiting.discard(member)
+        if not self._waiting:
+            self._dispatch = None
+        return dispatch
 
 
 class MoLELayer(LoraExpertsLayer):
@@ -78,12 +127,12 @@ class MoLELayer(LoraExpertsLayer):
         """Whether a single low-rank matrix says the same: with one expert it does."""
         return self.is_exactly_mergeable(adapter_name)
 
-    def route(
+    def dispatch(
         self, adapter_name: str, x: torch.Tensor, hidden_states: torch.Tensor
-    ) -> tuple[torch.Tensor, Routed | None]:
+    ) -> tuple[torch.Tensor, Dispatch | None]:
         """Ask the router, or take over what it decided for an earlier linear of the same MLP."""
         if adapter_name in self.mole_router:
-            routed, output = self._route_tokens(adapter_name, x)
+            dispatch, output = self._ask_router(adapter_name, x)
             if self.training:
                 hidden_states = self.aux_loss.inject(
                     hidden_states,
@@ -94,12 +143,12 @@ class MoLELayer(LoraExpertsLayer):
                     shape=x.shape[:-1],
                     is_decoder=self.is_decoder,
                 )
-            return hidden_states, routed
+            return hidden_states, dispatch
         if adapter_name in self.scopes:
             return hidden_states, self.scopes[adapter_name].take(self.name, x.shape[:-1].numel())
         return hidden_states, None
 
-    def _route_tokens(self, adapter_name: str, x: torch.Tensor) -> tuple[Routed, RouterOutput]:
+    def _ask_router(self, adapter_name: str, x: torch.Tensor) -> tuple[Dispatch, RouterOutput]:
         scope = self.scopes[adapter_name]
         refuse_replica(self)
         if self.training and not torch.compiler.is_compiling():
@@ -116,9 +165,9 @@ class MoLELayer(LoraExpertsLayer):
                 is_training=is_training,
                 is_decoder=self.is_decoder,
             )
-        routed = Routed(DispatchPlan.from_index(output.top_k_index, output.num_experts), output.top_k_weights)
-        scope.leave(routed)
-        return routed, output
+        dispatch = Dispatch(DispatchPlan.from_index(output.top_k_index, output.num_experts), output.top_k_weights)
+        scope.leave(dispatch)
+        return dispatch, output
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the only expert of each adapter to the base weight.

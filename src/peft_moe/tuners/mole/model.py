@@ -8,11 +8,10 @@ from typing import Any
 from torch import nn
 
 from ...foreign_moe import base_of
-from ..experts_model import LoraExpertsModel, adaptable_modules, by_pattern, is_target
+from ..lora_model import LoraExpertsModel, adaptable_modules, by_pattern, is_target
 from ..structure import ATTENTION_BLOCKS, MLP_BLOCKS, check_target, find_blocks, is_linear, text_linear_names
 from .config import ATTENTION, MoLEConfig
-from .layer import MoLELayer
-from .scope import RouterScope
+from .layer import MoLELayer, RouterScope
 
 
 class MoLEModel(LoraExpertsModel):

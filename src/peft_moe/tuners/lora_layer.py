@@ -13,12 +13,38 @@ from transformers.pytorch_utils import Conv1D
 
 from ..kernels import DispatchPlan, lora_experts
 from ..routing_recorder import RoutingRecorder
-from .experts import StackedWeight
-from .experts_config import LoraExpertsConfig
+from .lora_config import LoraExpertsConfig
+
+
+class StackedWeight(nn.Module):
+    """One weight per expert, `(E, R, features)`: the down or the up projections of all experts of a linear.
+
+    Every expert is a slice of one parameter, so each rank of a distributed run takes part in every expert's gradient
+    even if it routed no token there. The rank comes first in both projections, which makes `weight.view(E · R, …)` the
+    matrix of all experts side by side.
+    """
+
+    def __init__(self, num_experts: int, rank: int, features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, rank, features))
+
+    def forward(self) -> torch.Tensor:
+        """Return the weight. Called as a module so that sharded training gathers it first."""
+        return self.weight
+
+    def reset_kaiming_uniform(self) -> None:
+        """Uniform in ±1/√features for each expert, the default of `nn.Linear` and of LoRA's A."""
+        bound = 1 / math.sqrt(self.weight.shape[-1])
+        nn.init.uniform_(self.weight, -bound, bound)
+
+    def extra_repr(self) -> str:
+        """Shape, as `nn.Linear` shows it."""
+        num_experts, rank, features = self.weight.shape
+        return f"num_experts={num_experts}, rank={rank}, features={features}"
 
 
 @dataclass(frozen=True)
-class Routed:
+class Dispatch:
     """A decision as the kernels take it: a plan and the weights of the experts (or `None`: all 1)."""
 
     plan: DispatchPlan
@@ -29,7 +55,7 @@ class LoraExpertsLayer(nn.Module, BaseTunerLayer):
     """A frozen linear whose output gets the LoRA experts of each token added.
 
     The base layer is only called, never read, so `nn.Linear`, `Conv1D` and quantised linears take the same path.
-    A subclass says in [`route`] who goes where.
+    A subclass says in [`dispatch`] who goes where.
 
     Args:
         base_layer (`nn.Module`): the linear.
@@ -93,9 +119,9 @@ class LoraExpertsLayer(nn.Module, BaseTunerLayer):
         else:
             nn.init.zeros_(B.weight)
 
-    def route(
+    def dispatch(
         self, adapter_name: str, x: torch.Tensor, hidden_states: torch.Tensor
-    ) -> tuple[torch.Tensor, Routed | None]:
+    ) -> tuple[torch.Tensor, Dispatch | None]:
         """Say which experts each token uses.
 
         Args:
@@ -134,7 +160,7 @@ class LoraExpertsLayer(nn.Module, BaseTunerLayer):
         A, B = self._part("A")[adapter_name](), self._part("B")[adapter_name]()
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else A.dtype
         hidden_states = self._cast_input_dtype(x, dtype).reshape(*result.shape[:-1], self.in_features)
-        hidden_states, routed = self.route(adapter_name, x, hidden_states)
+        hidden_states, dispatch = self.dispatch(adapter_name, x, hidden_states)
         if self.training:
             hidden_states = self._part("dropout")[adapter_name](hidden_states)
         if A.dtype != dtype:
@@ -144,8 +170,8 @@ class LoraExpertsLayer(nn.Module, BaseTunerLayer):
             result,
             A,
             B,
-            plan=None if routed is None else routed.plan,
-            top_k_weights=None if routed is None else routed.top_k_weights,
+            plan=None if dispatch is None else dispatch.plan,
+            top_k_weights=None if dispatch is None else dispatch.top_k_weights,
             scaling=self.scaling[adapter_name],
             backend=self.backend[adapter_name],
             inplace=inplace and not result._is_view(),

@@ -13,8 +13,8 @@ from torch import nn
 
 from ..foreign_moe import base_of
 from .base import MoeTuner
-from .experts_config import LoraExpertsConfig
-from .experts_layer import LoraExpertsLayer
+from .lora_config import LoraExpertsConfig
+from .lora_layer import LoraExpertsLayer
 from .structure import check_target, shorten
 
 
