@@ -1,4 +1,5 @@
-"""The extended block against the formulas of the paper, token by token; calibration, low-rank experts, balance loss."""
+"""The extended block against the formulas of the paper, token by token; calibration, low-rank experts, balance
+loss."""
 
 from __future__ import annotations
 
