@@ -12,8 +12,8 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
-from ..forward_context import ForwardPass
 from ..foreign_moe import RouterRecording, belongs_to_tuner
+from ..forward_context import ForwardPass
 from ..routing_recorder import RoutingRecorder, get_recorder
 from .expert_load import ExpertLoad
 from .summary import DEAD_THRESHOLD, LoadSummary

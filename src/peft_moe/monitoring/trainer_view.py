@@ -11,8 +11,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
-from ..forward_context import ForwardPass
 from ..foreign_moe import RouterRecording
+from ..forward_context import ForwardPass
 from ..routing_recorder import RoutingRecorder
 
 

@@ -147,8 +147,11 @@ class MoExtendModel(MoeTuner):
             raise ValueError(
                 f"'{block.router}' ({type(router).__name__}) {found.problem}. Without that MoExtend cannot extend "
                 "this router."
-                + ("" if "num_new_experts" in found.problem else " Newer versions of transformers lay out more "
-                   "families.")
+                + (
+                    ""
+                    if "num_new_experts" in found.problem
+                    else " Newer versions of transformers lay out more families."
+                )
             )
         if config.init == "copy_guarded" and not found.takes_offset:
             raise ValueError(
