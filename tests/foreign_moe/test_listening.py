@@ -13,9 +13,9 @@ from torch import nn
 
 from models.tiny_llava import image_batch, labels_of, tiny_llava
 from peft_moe import MoeTuningStage, MoExtendConfig, MoLEConfig
+from peft_moe.foreign_moe import BASE, RouterRecording, listen_to_routers
 from peft_moe.models import MoeLlavaForConditionalGeneration
 from peft_moe.monitoring import ExpertLoad, record_expert_load
-from peft_moe.foreign_moe import BASE, RouterRecording, listen_to_routers
 from peft_moe.routing_recorder import get_recorder, records_of
 from tiny_models import tiny_llama
 from tiny_moe import BY_NAME, FAMILIES, NUM_EXPERTS, MoeFamily, moe_batch

@@ -1,4 +1,5 @@
-"""`ExpertLoadCallback` counts what a mixture of experts without adapter routes in training, and ends with its trainer."""
+"""`ExpertLoadCallback` counts what a mixture of experts without adapter routes in training, and ends with its
+trainer."""
 
 from __future__ import annotations
 

@@ -303,6 +303,15 @@ def test_arguments_that_make_no_sense_are_all_named(tmp_path):
     assert "train_set is empty" in message and "probe_set is empty" in message
 
 
+@pytest.mark.parametrize("is_silent", [False, True], ids=["shown", "disabled"])
+def test_both_counts_show_a_progress_bar_that_can_be_disabled(is_silent, tmp_path, capsys):
+    measure(MIXTRAL.build(), tmp_path, args=quiet(tmp_path, disable_tqdm=is_silent))
+    shown = capsys.readouterr().err
+    for moment in ("before", "after"):
+        assert (f"expert selection {moment}: 100%" in shown) is not is_silent
+    assert ("3/3" in shown) is not is_silent
+
+
 class Stream(torch.utils.data.IterableDataset):
     """Rows without a length."""
 
@@ -390,10 +399,6 @@ def main(folder: str) -> None:
     os._exit(0)
 
 
-if __name__ == "__main__":
-    main(*sys.argv[1:])
-
-
 def test_what_is_not_text_is_stacked_and_text_is_padded(tmp_path):
     batch = image_batch()
     rows = [{name: rows[i] for name, rows in batch.items()} for i in range(len(batch["input_ids"]))]
@@ -409,3 +414,7 @@ def test_what_is_not_text_is_stacked_and_text_is_padded(tmp_path):
     rows[1]["pixel_values"] = rows[1]["pixel_values"][..., :-1]
     with pytest.raises(ValueError, match="'pixel_values' of different shapes"):
         extender.measure(rows, rows, 2, batch_size=2, args=quiet(tmp_path))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

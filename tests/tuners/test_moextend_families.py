@@ -272,7 +272,7 @@ def test_router_logits_are_refused_by_the_head_and_returned_by_the_backbone(fami
     for config in (None, adapted.config.get_text_config()):
         if config is not None:
             config.output_router_logits = True
-        with pytest.raises(ValueError, match="was asked for router logits.*get_aux_loss.model.*backbone without the head"):
+        with pytest.raises(ValueError, match="was asked for router logits.*get_aux_loss.*backbone without the head"):
             adapted(**moe_batch(), **({} if config is not None else {"output_router_logits": True}))
     assert adapted(**moe_batch(), output_router_logits=False).loss.isfinite()
     inputs = {name: tensor for name, tensor in moe_batch().items() if name != "labels"}

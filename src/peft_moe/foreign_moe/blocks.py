@@ -1,7 +1,7 @@
 """Finds the mixtures of experts of a model by their structure: stacked experts beside a router.
 
-Most families of transformers keep their experts as 3-D parameters in a child `experts`, and score them by one matrix in
-a sibling called `gate` or `router`. What departs from that is a row of a table here, or is refused with the reason.
+Most families of transformers keep their experts as 3-D parameters in a child `experts`, and score them by one matrix
+in a sibling called `gate` or `router`. What departs from that is a row of a table here, or is refused with the reason.
 """
 
 from __future__ import annotations
@@ -98,13 +98,13 @@ def find_moe_blocks(model: nn.Module) -> tuple[dict[int, MoeBlock], list[str]]:
             refused.append(found)
         elif offloaded := [n for n in (found.router, found.experts) if is_offloaded(model.get_submodule(n))]:
             refused.append(
-                f"'{offloaded[0]}' is offloaded to the CPU or a disk, so that its weights can be neither copied nor extended. "
-                "Load the layer onto a device (device_map)."
+                f"'{offloaded[0]}' is offloaded to the CPU or a disk, so that its weights can be neither copied nor "
+                "extended. Load the layer onto a device (device_map)."
             )
         elif found.layer in blocks:
             refused.append(
-                f"'{name}': layer {found.layer} has a mixture of experts in '{blocks[found.layer].name}' already, so the "
-                "number does not say which one is meant."
+                f"'{name}': layer {found.layer} has a mixture of experts in '{blocks[found.layer].name}' already, so "
+                "the number does not say which one is meant."
             )
         else:
             blocks[found.layer] = found
@@ -126,8 +126,8 @@ def read_block(name: str, children: dict[str, nn.Module], own: dict[str, torch.T
     if gate_weight_name(router, num_experts) is None:
         shapes = {parameter_name: tuple(parameter.shape) for parameter_name, parameter in router.named_parameters()}
         return (
-            f"'{name}.{router_name}' ({type(router).__name__}) has not exactly one matrix with {num_experts} rows, one for "
-            f"each expert, but {shapes}."
+            f"'{name}.{router_name}' ({type(router).__name__}) has not exactly one matrix with {num_experts} rows, "
+            f"one for each expert, but {shapes}."
         )
     corrections = [f"{name}.{tensor_name}" for tensor_name, tensor in own.items() if tensor.shape == (num_experts,)]
     if len(corrections) > 1:
@@ -153,8 +153,8 @@ def count_stacked(experts: nn.Module) -> int | str:
     ]
     if quantised:
         return (
-            f"is quantised: it holds {', '.join(quantised)}, and a copy of an expert could not be trained. Load the base "
-            "model without quantisation, or dequantised."
+            f"is quantised: it holds {', '.join(quantised)}, and a copy of an expert could not be trained. Load the "
+            "base model without quantisation, or dequantised."
         )
     stacked = [parameter for parameter in parameters.values() if parameter.dim() == 3]
     if len(stacked) < 2:
@@ -167,8 +167,8 @@ def count_stacked(experts: nn.Module) -> int | str:
     if not _takes_choices(experts):
         _, *names = inspect.signature(type(experts).forward).parameters
         return (
-            f"takes {', '.join(names)} instead of hidden_states, top_k_index and top_k_weights, so that no token can be sent to "
-            "new experts."
+            f"takes {', '.join(names)} instead of hidden_states, top_k_index and top_k_weights, so that no token can "
+            "be sent to new experts."
         )
     if getattr(experts, "_is_expert_parallel", False):
         return "is spread over processes by expert parallelism. Load the base model without it."
@@ -190,7 +190,7 @@ def gate_weight_name(router: nn.Module, num_experts: int) -> str | None:
 
 
 def per_expert_tensors(router: nn.Module, num_experts: int) -> dict[str, Any]:
-    """Everything in a router that has one entry for each expert: the matrix, biases, corrections; name → (tensor, axis)."""
+    """Everything in a router with one entry for each expert (matrix, biases, corrections): name → (tensor, axis)."""
     weight_name = gate_weight_name(router, num_experts)
     found: dict[str, Any] = {}
     for name, tensor in [*router.named_parameters(), *router.named_buffers()]:

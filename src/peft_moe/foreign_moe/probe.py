@@ -1,4 +1,4 @@
-"""Tries a router out on made-up numbers, once: what it does with further experts, and how it makes weights of logits."""
+"""Tries a router out on made-up numbers: what it does with further experts, and how it makes weights of logits."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Pads:
 
     are_copies: bool
 
-    def fill(self, tensor: torch.Tensor, axis: int, num: int, groups: int, *, value: float = LOWEST) -> torch.Tensor:
+    def fill(self, tensor: torch.Tensor, axis: int, num: int, groups: int, *, value: float) -> torch.Tensor:
         """`tensor` with entries for `num` pads along `axis`, of this value where they are no copies."""
         if self.are_copies:
             pads = tensor.index_select(axis, torch.zeros(num, dtype=torch.int64, device=tensor.device))
@@ -88,8 +88,8 @@ def probe(router: nn.Module, block: MoeBlock, num_new: int | None = None) -> Rou
     num_new = num_new or groups
     if (block.num_experts + num_new) % groups:
         return RouterProbe(
-            f"chooses among {groups} groups of equal size, which {block.num_experts} + {num_new} experts do not make. Choose "
-            f"num_new_experts so that the sum is a multiple of {groups}"
+            f"chooses among {groups} groups of equal size, which {block.num_experts} + {num_new} experts do not make. "
+            f"Choose num_new_experts so that the sum is a multiple of {groups}"
         )
     trial = _Trial(router, block)
     decision = trial.run(block.num_experts + num_new)
@@ -104,7 +104,8 @@ def probe(router: nn.Module, block: MoeBlock, num_new: int | None = None) -> Rou
     if trial.ignores(Pads(are_copies=False)):
         pads = Pads(are_copies=False)
     elif groups == 1 and scoring is not None and scoring.is_single and scoring.is_normalized:
-        pads = Pads(are_copies=True)  # with one choice of a fixed weight it does not matter which of equal experts it is
+        # with one choice of a fixed weight it does not matter which of equal experts it is
+        pads = Pads(are_copies=True)
     return RouterProbe(
         is_probability=is_probability,
         takes_offset=not isinstance(trial.run(block.num_experts + num_new, has_offset=True), str),
@@ -190,8 +191,8 @@ class _Trial:
     def ignores(self, pads: Pads) -> bool:
         """Whether no token chooses a pad behind any group, and the weights of all other experts stay the same.
 
-        For half of the tokens all other logits lie far below 0, which is that of the row of a pad, for the others far above:
-        of many experts random logits have one above 0 for almost every token, and a pad would look unreachable.
+        For half of the tokens all other logits lie far below 0, which is that of the row of a pad, for the others far
+        above: of many experts random logits have one above 0 for almost every token, and a pad would look unreachable.
         """
         num_experts, groups = self.block.num_experts, self.larger.groups
         tensors, corrections = self._per_expert(num_experts)
@@ -199,12 +200,12 @@ class _Trial:
         weight_name = self.larger.weight_name
         tensors[weight_name][:, 0] = SHIFT**0.5
         x[:, 0] = SHIFT**0.5 * torch.tensor([-1.0, 1.0]).repeat(NUM_TOKENS // 2)
-        padded = {
-            name: pads.fill(tensor, self.larger.axes[name], groups, groups, **{"value": 0.0} if name == weight_name else {})
-            for name, tensor in tensors.items()
-        }
+        padded = {}
+        for name, tensor in tensors.items():
+            value = 0.0 if name == weight_name else LOWEST
+            padded[name] = pads.fill(tensor, self.larger.axes[name], groups, groups, value=value)
         plain = self._call(tensors, x, corrections, num_experts)
-        filled = [pads.fill(entry, 0, groups, groups) for entry in corrections]
+        filled = [pads.fill(entry, 0, groups, groups, value=LOWEST) for entry in corrections]
         found = self._call(padded, x, filled, num_experts + groups)
         if isinstance(plain, str) or isinstance(found, str):
             return False

@@ -48,8 +48,8 @@ def in_groups(parts: list[torch.Tensor], axis: int, groups: int) -> torch.Tensor
     """Entries of old and new experts, old ones first within each group, so that no expert changes its group.
 
     Args:
-        parts (`list[torch.Tensor]`): those of the old experts, then those of each adapter; along `axis` each a multiple of
-            `groups` long. The i-th of N new experts comes into group `⌊i · groups / N⌋`.
+        parts (`list[torch.Tensor]`): those of the old experts, then those of each adapter; along `axis` each a
+            multiple of `groups` long. The i-th of N new experts comes into group `⌊i · groups / N⌋`.
         axis (`int`): that of the experts.
         groups (`int`): from which the router chooses some first; with 1 the parts just follow each other.
     """
@@ -77,7 +77,8 @@ class LargerRouter:
     The copy is made anew in each call, so that nothing in it can be out of date, and the router stays as it was.
 
     Args:
-        router (`nn.Module`): of the base model, for E experts, with one matrix `(E, D)`; only its structure is read here.
+        router (`nn.Module`): of the base model, for E experts, with one matrix `(E, D)`; only its structure is read
+            here.
         num_experts (`int`): E.
     """
 
@@ -104,13 +105,14 @@ class LargerRouter:
     ) -> Any:
         """What `router` returns for E + N experts.
 
-        Where it chooses groups of experts first, new ones join the groups (see [`in_groups`]); what comes back numbers them
-        after the old ones all the same. Other arguments with an entry for each expert have to come in the order of the groups.
+        Where it chooses groups of experts first, new ones join the groups (see [`in_groups`]); what comes back numbers
+        them after the old ones all the same. Other arguments with an entry for each expert have to come in the order
+        of the groups.
 
         Args:
             router (`nn.Module`): the one that this was made for, or a copy of it.
-            rows (`list[dict[str, torch.Tensor]]`): of each adapter, what to add to each tensor that has an entry for each
-                expert, by name.
+            rows (`list[dict[str, torch.Tensor]]`): of each adapter, what to add to each tensor that has an entry for
+                each expert, by name.
             hidden_states (`torch.Tensor` of shape `(..., D)`)
             offset (`torch.Tensor` of shape `(N,)`, *optional*): added to the logits of the N new experts.
         """
@@ -145,8 +147,8 @@ class LargerRouter:
     ) -> nn.Module:
         """A copy that shares everything with `router` but for these tensors and sizes.
 
-        With `is_bare` it is in evaluation mode, and shares neither hooks nor a `forward` that somebody has put in place of
-        the class's own.
+        With `is_bare` it is in evaluation mode, and shares neither hooks nor a `forward` that somebody has put in
+        place of the class's own.
         """
         return self._copied(router, "", tensors, num_experts, width, is_bare)
 
@@ -194,8 +196,9 @@ def _bound_to(copied: nn.Module, forward: Any, module: nn.Module) -> Any:
     if isinstance(forward, functools.partial) and forward.args[:1] == (module,):
         return functools.partial(forward.func, copied, *forward.args[1:], **forward.keywords)
     raise RuntimeError(
-        f"The forward of {type(module).__name__} was replaced by {forward!r}, which cannot run with the rows of new experts. "
-        "Bind it to the router: router.forward = types.MethodType(function, router), or functools.partial(function, router)."
+        f"The forward of {type(module).__name__} was replaced by {forward!r}, which cannot run with the rows of new "
+        "experts. Bind it to the router: router.forward = types.MethodType(function, router), or "
+        "functools.partial(function, router)."
     )
 
 

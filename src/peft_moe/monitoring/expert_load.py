@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..forward_context import ForwardPass
 from ..foreign_moe import listen_to_routers
+from ..forward_context import ForwardPass
 from ..routing_recorder import RouterRecord, records_of
 from .summary import DEAD_THRESHOLD, LoadSummary, summarize_load
 

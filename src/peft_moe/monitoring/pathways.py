@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..forward_context import ForwardPass
 from ..foreign_moe import listen_to_routers
+from ..forward_context import ForwardPass
 from ..routing_recorder import RouterRecord, records_of
 from .expert_load import (
     ALL,

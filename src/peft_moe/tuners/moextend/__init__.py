@@ -2,8 +2,8 @@
 
 from .config import MoExtendConfig
 from .extender import Extender
-from .report import ExtenderReport, selection_shift
 from .model import MoExtendModel
+from .report import ExtenderReport, selection_shift
 
 
 __all__ = ["Extender", "ExtenderReport", "MoExtendConfig", "MoExtendModel", "selection_shift"]

@@ -62,8 +62,9 @@ NotPositive = Annotated[float, must_be("a number of at most 0", lambda value: is
 class MoExtendConfig(MoeTunerConfig):
     """Configuration of a [`MoExtendModel`]: layers of a pretrained mixture of experts get new experts.
 
-    After MoExtend (https://huggingface.co/papers/2408.03511). The old experts, the old rows of the routers and all else
-    stay as they are, to the bit; only the new experts, their rows in the routers and the calibration train and are saved.
+    After MoExtend (https://huggingface.co/papers/2408.03511). The old experts, the old rows of the routers and all
+    else stay as they are, to the bit; only the new experts, their rows in the routers and the calibration train and
+    are saved.
 
     Args:
         num_new_experts (`int` or `dict[int, int]`):
@@ -71,22 +72,22 @@ class MoExtendConfig(MoeTunerConfig):
         layers (`list[int]`, *optional*):
             Layers that get new experts, counted as in the model, from 0. By default every layer that has experts.
         init (`"copy"`, `"copy_guarded"`, `"zero_gate"` or `"mean_gate"`):
-            How a new expert and its row in the router begin. The expert is always a copy of its source. `"copy"` (default,
-            paper): so is the row. The copy ties with its source, so tokens that have the source at rank 1 lose another
-            expert to the copy. `"copy_guarded"`: the row is copied, and a learnable offset of its logit begins at
-            `guard_offset`, so that no token chooses the new expert and outputs are those of the base model. An expert
-            that is never chosen does not train, and at -17 the load-balancing loss does not change that: see
-            `guard_offset`. `"zero_gate"`: the row is 0. `"mean_gate"`: it is the mean of the old rows. Corrections, which
-            are added to the scores for the choice in some families, begin as the mean of the old ones for both, as the
-            lowest for `"copy_guarded"`.
+            How a new expert and its row in the router begin. The expert is always a copy of its source. `"copy"`
+            (default, paper): so is the row. The copy ties with its source, so tokens that have the source at rank 1
+            lose another expert to the copy. `"copy_guarded"`: the row is copied, and a learnable offset of its logit
+            begins at `guard_offset`, so that no token chooses the new expert and outputs are those of the base model.
+            An expert that is never chosen does not train, and at -17 the load-balancing loss does not change that: see
+            `guard_offset`. `"zero_gate"`: the row is 0. `"mean_gate"`: it is the mean of the old rows. Corrections,
+            which are added to the scores for the choice in some families, begin as the mean of the old ones for both,
+            as the lowest for `"copy_guarded"`.
         copy_sources (`dict[int, int]` or `dict[int, list[int]]`, *optional*):
-            {layer: expert that is copied}, or a list with one expert for each new one. Paper: the expert that was chosen
-            most often on the new domain. By default expert 0, with a warning.
+            {layer: expert that is copied}, or a list with one expert for each new one. Paper: the expert that was
+            chosen most often on the new domain. By default expert 0, with a warning.
         guard_offset (`float`):
-            Where the offset of `"copy_guarded"` begins. At -17 the new expert takes less than 1e-7 of a softmax, and its
-            gradient is lost in the epsilon of Adam: nothing learns. A sigmoid scores it by itself, 1e-4 where the logit of
-            its source is 8: take a lower offset for logits of that size. To train, take one that is smaller in size (-8)
-            and a `router_aux_loss_coef` above 0, whose loss then raises the offset.
+            Where the offset of `"copy_guarded"` begins. At -17 the new expert takes less than 1e-7 of a softmax, and
+            its gradient is lost in the epsilon of Adam: nothing learns. A sigmoid scores it by itself, 1e-4 where the
+            logit of its source is 8: take a lower offset for logits of that size. To train, take one that is smaller
+            in size (-8) and a `router_aux_loss_coef` above 0, whose loss then raises the offset.
         expert_type (`"ffn"` or `"lora"`):
             A new expert is a full FFN (paper), or the frozen source plus a trained difference of rank `r`.
         r (`int`):
@@ -94,21 +95,21 @@ class MoExtendConfig(MoeTunerConfig):
         lora_alpha (`float`):
             The difference is scaled by `lora_alpha / r`.
         calibration (`"released_code"` or `"paper"`, *optional*):
-            Corrects the weights of the chosen experts, not the choice. `"released_code"`: `w = q / Σ q` over the chosen
-            experts, `q = p + MLP(p)` for the probabilities `p` of all experts. `"paper"` (eq. 10): `w · (1 + MLP(x))`. Both
-            begin as the identity. Off by default; the paper has no run without it.
+            Corrects the weights of the chosen experts, not the choice. `"released_code"`: `w = q / Σ q` over the
+            chosen experts, `q = p + MLP(p)` for the probabilities `p` of all experts. `"paper"` (eq. 10): `w · (1 +
+            MLP(x))`. Both begin as the identity. Off by default; the paper has no run without it.
         calibration_dim (`int`):
             Width inside the calibration's MLP. Released code: 16.
         router_aux_loss_coef (`float`):
-            Weight of the load-balancing loss of the extended layers, over old and new experts. Paper: 0.001. 0 turns it
-            off.
+            Weight of the load-balancing loss of the extended layers, over old and new experts. Paper: 0.001. 0 turns
+            it off.
         router_aux_loss_type (`"switch"`, `"pooled"` or `"mole"`):
-            Its form, see [`~peft_moe.aux_loss.load_balancing_loss`]. Only `"switch"` allows layers with different numbers of
-            experts.
+            Its form, see [`~peft_moe.aux_loss.load_balancing_loss`]. Only `"switch"` allows layers with different
+            numbers of experts.
         router_aux_loss_scope (`"process"` or `"global"`):
-            Whose tokens are balanced in a distributed run: those of each process by itself, or those of all processes in
-            the same forward pass, by two small all-reduces. `"global"` lets a process specialise on the kind of data that
-            it happens to get, and is not for `"mole"`, which balances each sample by itself.
+            Whose tokens are balanced in a distributed run: those of each process by itself, or those of all processes
+            in the same forward pass, by two small all-reduces. `"global"` lets a process specialise on the kind of
+            data that it happens to get, and is not for `"mole"`, which balances each sample by itself.
         router_z_loss_coef (`float`):
             Weight of the router z-loss. 0 turns it off.
         modules_to_save (`list[str]`, *optional*):
@@ -215,8 +216,8 @@ class MoExtendConfig(MoeTunerConfig):
                 "experts everywhere. Use 'switch' where num_new_experts differs by layer."
             )
         problems += [
-            f"copy_sources[{layer!r}] names {len(source)} experts, but the layer gets {self.num_new_experts_in(layer)} new "
-            "ones. Name one source for each, or a single one for all."
+            f"copy_sources[{layer!r}] names {len(source)} experts, but the layer gets "
+            f"{self.num_new_experts_in(layer)} new ones. Name one source for each, or a single one for all."
             for layer, source in (self.copy_sources or {}).items()
             if isinstance(source, list | tuple) and len(source) != self.num_new_experts_in(layer)
         ]

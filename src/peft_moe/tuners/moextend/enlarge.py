@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -80,13 +79,15 @@ def check_enlargeable(
         top = max(counts.values(), default=0)
         num_pads = {layer: top - count for layer, count in counts.items() if count < top}
     if num_pads and pad_experts:
-        kinds = {layer: probe(base_of(model.get_submodule(blocks[layer].router)), blocks[layer]).pads for layer in num_pads}
-        pads = {layer: LayerPads(num_pads[layer], kind) for layer, kind in kinds.items() if kind is not None}
+        for layer, num in num_pads.items():
+            kind = probe(base_of(model.get_submodule(blocks[layer].router)), blocks[layer]).pads
+            if kind is not None:
+                pads[layer] = LayerPads(num, kind)
         if without := [blocks[layer].router for layer in num_pads if layer not in pads]:
             problems.append(
-                f"{', '.join(without)} add nothing to the logit of an expert that does not depend on the input, or weigh "
-                "experts by more than that: a pad would be chosen for some inputs. Give all layers the same number of new "
-                "experts."
+                f"{', '.join(without)} add nothing to the logit of an expert that does not depend on the input, or "
+                "weigh experts by more than that: a pad would be chosen for some inputs. Give all layers the same "
+                "number of new experts."
             )
     elif num_pads:
         problems.append(
@@ -114,15 +115,16 @@ def check_enlargeable(
     if problems:
         shown = "".join(f"\n  - {problem}" for problem in problems[:5])
         raise ValueError(
-            f"{adapter_names} cannot be merged into a plain model:{shown}\nElse keep the adapter, which every path of PEFT "
-            "loads; or, to drop it, use unload()."
+            f"{adapter_names} cannot be merged into a plain model:{shown}\nElse keep the adapter, which every path of "
+            "PEFT loads; or, to drop it, use unload()."
         )
     return pads
 
 
 @torch.no_grad()
 def enlarge(model: nn.Module, adapter_names: list[str], pads: Mapping[int, LayerPads]) -> None:
-    """Write new experts, rows and pads behind the old ones, in the modules of the base model, and count them everywhere."""
+    """Write new experts, rows and pads behind the old ones, in the modules of the base model; count them
+    everywhere."""
     blocks, _ = find_moe_blocks(model)
     after = {}
     for layer, block in blocks.items():
@@ -168,7 +170,9 @@ def _put(module: nn.Module, name: str, value: torch.Tensor) -> None:
     owner_name, _, own = name.rpartition(".")
     owner = module.get_submodule(owner_name)
     old = getattr(owner, own)
-    setattr(owner, own, nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value)
+    if isinstance(old, nn.Parameter):
+        value = nn.Parameter(value, requires_grad=old.requires_grad)
+    setattr(owner, own, value)
 
 
 def _count_in_block(model: nn.Module, block: MoeBlock, after: int) -> None:

@@ -1,4 +1,4 @@
-"""The experts of an extended mixture: those of the base model, and modules of the family's own class for the new ones."""
+"""The experts of an extended mixture: the base model's, and modules of the family's own class for the new ones."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def copied_experts(base: nn.Module, sources: list[int]) -> nn.Module:
 class LowRankExperts(nn.Module):
     """New experts as the frozen source plus `scaling · B A`; biases get a difference of their own size.
 
-    Keys of a saved adapter, for each stacked parameter `name` `(E, rows, columns)` of the family: `name_A` `(N, R, columns)`
-    and `name_B` `(N, rows, R)`; for each bias `name` `(E, rows)`: `name_delta` `(N, rows)`.
+    Keys of a saved adapter, for each stacked parameter `name` `(E, rows, columns)` of the family: `name_A` `(N, R,
+    columns)` and `name_B` `(N, rows, R)`; for each bias `name` `(E, rows)`: `name_delta` `(N, rows)`.
 
     Args:
         base (`nn.Module`): the experts of the base model; only read.
@@ -118,7 +118,8 @@ class LowRankExperts(nn.Module):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """`(T, D)` → `(T, D)`, as the experts of the family."""
-        return functional_call(self._empty[0], self.weights(), (hidden_states, top_k_index, top_k_weights))  # type: ignore[no-any-return]
+        inputs = hidden_states, top_k_index, top_k_weights
+        return functional_call(self._empty[0], self.weights(), inputs)  # type: ignore[no-any-return]
 
 
 def dtype_of(experts: nn.Module) -> torch.dtype:

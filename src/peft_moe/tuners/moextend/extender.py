@@ -39,21 +39,21 @@ NOISE = 1e-7
 """a router's gradient whose norm is below is what rounding leaves of 0; Adam would make a full step of it"""
 WARMUP_SHARE = 0.03
 SHARDED = (
-    "The Extender cannot measure a model that deepspeed or fsdp shards, since it trains a copy of the routers beside the weights "
-    "of the model. Launch with torchrun alone, and leave both out of args."
+    "The Extender cannot measure a model that deepspeed or fsdp shards, since it trains a copy of the routers beside "
+    "the weights of the model. Launch with torchrun alone, and leave both out of args."
 )
 
 
 class Extender:
     """Measures in which layers the choice of experts shifts on new data, so that those get new experts.
 
-    Stage 2 of MoExtend (https://huggingface.co/papers/2408.03511): the model as it is (κ) and the same with routers tuned on
-    the new data (κ') both run over a probe set, and each layer's expert counts are compared, see
+    Stage 2 of MoExtend (https://huggingface.co/papers/2408.03511): the model as it is (κ) and the same with routers
+    tuned on the new data (κ') both run over a probe set, and each layer's expert counts are compared, see
     [`~peft_moe.tuners.moextend.report.selection_shift`]. Counts are those of the top-k choice; the released code
     counts the least likely experts instead.
 
-    Works with every model whose mixtures of experts [`MoExtendConfig`] can extend, on text and on images with text. Align
-    a new modality (the projector) first.
+    Works with every model whose mixtures of experts [`MoExtendConfig`] can extend, on text and on images with text.
+    Align a new modality (the projector) first.
 
     Args:
         model (`nn.Module`): a model with a head, without adapters. [`measure`] leaves it as it found it.
@@ -61,8 +61,8 @@ class Extender:
             Pads batches where [`measure`] gets no `data_collator`.
 
     Raises:
-        ValueError: the model has no mixture of experts that can be extended, carries adapters, is quantised, lies on the
-            meta device (offloading included), or is wrapped for distributed training.
+        ValueError: the model has no mixture of experts that can be extended, carries adapters, is quantised, lies on
+            the meta device (offloading included), or is wrapped for distributed training.
 
     Example:
 
@@ -97,10 +97,10 @@ class Extender:
     ) -> ExtenderReport:
         """Tune the routers alone, and compare which experts are chosen before and after.
 
-        What trains is a copy of the model with routers of its own, whose other weights lie in the memory of the model. So
-        the model stays as it is, to the bit, also after an error or an interruption; and so do the random states of Python,
-        numpy and torch. Under `torchrun` the `Trainer` trains on all processes, each counts its part of the probe set, and
-        all get the same report.
+        What trains is a copy of the model with routers of its own, whose other weights lie in the memory of the model.
+        So the model stays as it is, to the bit, also after an error or an interruption; and so do the random states of
+        Python, numpy and torch. Under `torchrun` the `Trainer` trains on all processes, each counts its part of the
+        probe set, and all get the same report.
 
         Args:
             train_set (`Dataset`), probe_set (`Dataset`):
@@ -110,22 +110,23 @@ class Extender:
             learning_rate (`float`): at its peak; cosine, after 3% of the steps to warm up. Released code: 1e-3.
             batch_size (`int`): per device, also for the probe set. The paper does not name one for this stage.
             router_aux_loss_coef (`float`, *optional*):
-                Weight of the model's own load-balancing loss while the routers are tuned. By default that of the model's
-                configuration, whether or not it says `output_router_logits`: the released code balances too (0.001). Part
-                of the shift can then be a drift to balance; 0 turns that off. Models without such a loss use none.
+                Weight of the model's own load-balancing loss while the routers are tuned. By default that of the
+                model's configuration, whether or not it says `output_router_logits`: the released code balances too
+                (0.001). Part of the shift can then be a drift to balance; 0 turns that off. Models without such a loss
+                use none.
             data_collator (`Callable`, *optional*):
                 By default one that pads, for a causal language model, and stacks what is not text (`pixel_values`).
             args (`TrainingArguments`, *optional*):
-                All else about training: device, precision, seed, schedule. `steps`, `learning_rate` and `batch_size` take
-                the place of its own, and nothing is saved or evaluated. Columns that `forward` does not know are dropped
-                unless `remove_unused_columns=False`.
+                All else about training: device, precision, seed, schedule. `steps`, `learning_rate` and `batch_size`
+                take the place of its own, and nothing is saved or evaluated. Columns that `forward` does not know are
+                dropped unless `remove_unused_columns=False`.
             keep_tuned_router (`bool`):
-                Leave the tuned routers in the model (released code, whose extended models build on κ'). The paper extends
-                κ, the default.
+                Leave the tuned routers in the model (released code, whose extended models build on κ'). The paper
+                extends κ, the default.
 
         Raises:
-            ValueError: a data set is empty, a probe set without tokens, an argument makes no sense, or `args` shards the
-                model.
+            ValueError: a data set is empty, a probe set without tokens, an argument makes no sense, or `args` shards
+                the model.
             FloatingPointError: the loss or a router is not finite.
             RuntimeError: no router has changed, or the training set ended too early.
         """
@@ -196,8 +197,8 @@ class Extender:
         if coef and not self._has_balance_loss(trainer, probe_set):
             if wanted is not None:
                 raise ValueError(
-                    f"{type(trainer.model).__name__} has no load-balancing loss of its own, so router_aux_loss_coef={wanted} "
-                    "would have no effect. Leave it out, or set it to 0."
+                    f"{type(trainer.model).__name__} has no load-balancing loss of its own, so "
+                    f"router_aux_loss_coef={wanted} would have no effect. Leave it out, or set it to 0."
                 )
             coef = 0.0
         return float(coef)
@@ -244,8 +245,8 @@ class Extender:
         by_layer = {layer: part.tolist() for layer, part in zip(self._blocks, parts, strict=False)}
         if unseen := [layer for layer, found in by_layer.items() if not any(found)]:
             raise ValueError(
-                f"The probe set has sent no token through the routers of layers {unseen}. Make sure that it is not empty "
-                "and that its attention_mask is not 0 everywhere."
+                f"The probe set has sent no token through the routers of layers {unseen}. Make sure that it is not "
+                "empty and that its attention_mask is not 0 everywhere."
             )
         return by_layer, int(parts[-1])
 
@@ -257,7 +258,8 @@ def _check_training(
     steps = trainer.args.max_steps
     if trainer.state.global_step < steps:
         raise RuntimeError(
-            f"Training ended after {trainer.state.global_step} of {steps} steps: the training set gave no more batches."
+            f"Training ended after {trainer.state.global_step} of {steps} steps: the training set gave no more "
+            "batches."
         )
     broken = [layer for layer, found in routers.items() if not all(p.isfinite().all() for p in found)]
     if broken:
@@ -285,8 +287,8 @@ def _check_model(model: nn.Module) -> None:
     kind = type(model).__name__
     if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError(
-            f"{kind} carries adapters, but the Extender measures the base model that MoExtend extends. Merge them with "
-            "merge_and_unload(), or measure before they are added."
+            f"{kind} carries adapters, but the Extender measures the base model that MoExtend extends. Merge them "
+            "with merge_and_unload(), or measure before they are added."
         )
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or "FullyShard" in kind:
         raise ValueError(
@@ -297,8 +299,8 @@ def _check_model(model: nn.Module) -> None:
     meta = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if meta:
         raise ValueError(
-            f"{len(meta)} parameters of {kind} are on the meta device, the first is '{meta[0]}': the model is offloaded or "
-            "not loaded. Load it into memory in full."
+            f"{len(meta)} parameters of {kind} are on the meta device, the first is '{meta[0]}': the model is "
+            "offloaded or not loaded. Load it into memory in full."
         )
 
 
@@ -354,8 +356,8 @@ def _pad_and_stack(rows: list[dict[str, Any]], *, pad: Any, of_text: set[str]) -
         tensors = [torch.as_tensor(row[name]) for row in rows]
         if len({tensor.shape for tensor in tensors}) > 1:
             raise ValueError(
-                f"The rows have {name!r} of different shapes, {tuple(tensors[0].shape)} among them, which cannot be stacked. "
-                "Give measure() a data_collator that knows how to batch them."
+                f"The rows have {name!r} of different shapes, {tuple(tensors[0].shape)} among them, which cannot be "
+                "stacked. Give measure() a data_collator that knows how to batch them."
             )
         batch[name] = torch.stack(tensors)
     return batch
@@ -410,8 +412,8 @@ def training_arguments(
 
 
 def _router_trainer(model: nn.Module, args: TrainingArguments, **kwargs: Any) -> Trainer:
-    """A `Trainer` that stops at a loss that is not finite, which the logs of a plain one filter out, and trains no router on
-    rounding.
+    """A `Trainer` that stops at a loss that is not finite, which the logs of a plain one filter out, and trains no
+    router on rounding.
 
     Raises:
         ValueError: the launcher shards the model.
@@ -423,8 +425,8 @@ def _router_trainer(model: nn.Module, args: TrainingArguments, **kwargs: Any) ->
             loss = super().training_step(*args, **kwargs)
             if not torch.isfinite(loss):
                 raise FloatingPointError(
-                    f"The loss is {loss.item()} in step {self.state.global_step + 1}. Make sure that every batch has labels "
-                    f"that are not -100, or lower the learning rate ({self.args.learning_rate})."
+                    f"The loss is {loss.item()} in step {self.state.global_step + 1}. Make sure that every batch has "
+                    f"labels that are not -100, or lower the learning rate ({self.args.learning_rate})."
                 )
             for parameter in model.parameters():
                 if parameter.grad is not None:

@@ -13,8 +13,8 @@ from .config import MoExtendConfig
 
 
 MERGE_IN_PLACE_IS_IMPOSSIBLE = (
-    "New experts need larger tensors than the base model has, so they cannot be merged in place. Use merge_and_unload(), "
-    "which returns an enlarged model; or keep the adapter."
+    "New experts need larger tensors than the base model has, so they cannot be merged in place. Use "
+    "merge_and_unload(), which returns an enlarged model; or keep the adapter."
 )
 
 

@@ -29,8 +29,9 @@ LEAST_THAT_LEARNS = -10.0
 """guard_offset at which the gradient of a balance loss of 0.001 is about the epsilon of Adam, 1e-8"""
 
 KEEP_ROUTERS_OUT = (
-    "Quantise linears outside of the mixtures only: leave out what they consist of by a pattern, such as '.*router.*', "
-    "beside 'lm_head' in llm_int8_skip_modules (BitsAndBytesConfig) or modules_to_not_convert (TorchAoConfig)."
+    "Quantise linears outside of the mixtures only: leave out what they consist of by a pattern, such as "
+    "'.*router.*', beside 'lm_head' in llm_int8_skip_modules (BitsAndBytesConfig) or modules_to_not_convert "
+    "(TorchAoConfig)."
 )
 
 
@@ -58,8 +59,8 @@ class MoExtendModel(MoeTuner):
         """Inject an adapter as PEFT does; the model's own load-balancing loss is then kept out of its loss."""
         if adapter_name in RESERVED_NAMES:
             raise ValueError(
-                f"An adapter of MoExtend cannot be called {adapter_name!r}, which means a part of the base model: its expert "
-                "counts or its experts. Choose another adapter_name."
+                f"An adapter of MoExtend cannot be called {adapter_name!r}, which means a part of the base model: its "
+                "expert counts or its experts. Choose another adapter_name."
             )
         # fields are filled in below, and the caller may use the same object for another base model
         self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
@@ -86,7 +87,8 @@ class MoExtendModel(MoeTuner):
             if peft_config.calibration == "released_code":
                 warn_of_fixed_weights(self._probes)
         self._announce_sources(peft_config, is_new=is_new)
-        peft_config.target_modules = {name for block in self._blocks for name in (block.router, block.experts)}  # type: ignore[assignment]
+        targets = {name for block in self._blocks for name in (block.router, block.experts)}
+        peft_config.target_modules = targets  # type: ignore[assignment]
         return peft_config
 
     def _check_whole(self) -> None:
@@ -94,8 +96,9 @@ class MoExtendModel(MoeTuner):
         if sharded:
             raise ValueError(
                 f"{type(self.model).__name__} is spread over processes ({len(sharded)} parameters, for example "
-                f"'{sharded[0]}'), so that no expert can be copied. Load the base model whole (without distributed_config, "
-                "and before TrainingArguments that name DeepSpeed ZeRO-3), make the PeftModel, and share that out."
+                f"'{sharded[0]}'), so that no expert can be copied. Load the base model whole (without "
+                "distributed_config, and before TrainingArguments that name DeepSpeed ZeRO-3), make the PeftModel, "
+                "and share that out."
             )
 
     def _wanted_blocks(self, config: MoExtendConfig) -> list[MoeBlock]:
@@ -118,8 +121,8 @@ class MoExtendModel(MoeTuner):
             )
         if wanted is None and refused:
             raise ValueError(
-                f"Some mixtures of experts of {kind} cannot get new experts. Name the layers in `layers`; those that can "
-                f"are {sorted(blocks)}. Refused:{reasons}"
+                f"Some mixtures of experts of {kind} cannot get new experts. Name the layers in `layers`; those that "
+                f"can are {sorted(blocks)}. Refused:{reasons}"
             )
         return [block for layer, block in sorted(blocks.items()) if wanted is None or layer in wanted]
 
@@ -129,8 +132,8 @@ class MoExtendModel(MoeTuner):
             layer = self.model.get_submodule(name)
             if isinstance(layer, BaseTunerLayer) and not isinstance(layer, MoExtendLayer):
                 raise ValueError(
-                    f"'{name}' carries an adapter of another method ({type(layer).__name__}), for as many experts as the base "
-                    "model has. Merge it first (merge_and_unload), or leave routers and experts out of its "
+                    f"'{name}' carries an adapter of another method ({type(layer).__name__}), for as many experts as "
+                    "the base model has. Merge it first (merge_and_unload), or leave routers and experts out of its "
                     "target_modules and target_parameters."
                 )
             quantised = [n for n, p in base_of(self.model.get_submodule(name)).named_parameters() if is_quantised(p)]
@@ -142,13 +145,18 @@ class MoExtendModel(MoeTuner):
         found = probe(router, block, config.num_new_experts_in(block.layer))
         if found.problem:
             raise ValueError(
-                f"'{block.router}' ({type(router).__name__}) {found.problem}. Without that MoExtend cannot extend this router."
-                + ("" if "num_new_experts" in found.problem else " Newer versions of transformers lay out more families.")
+                f"'{block.router}' ({type(router).__name__}) {found.problem}. Without that MoExtend cannot extend "
+                "this router."
+                + (
+                    ""
+                    if "num_new_experts" in found.problem
+                    else " Newer versions of transformers lay out more families."
+                )
             )
         if config.init == "copy_guarded" and not found.takes_offset:
             raise ValueError(
-                f"'{block.router}' ({type(router).__name__}) has no place for the offset of copy_guarded: it does more with "
-                "its input than to multiply it by one matrix. Use another init."
+                f"'{block.router}' ({type(router).__name__}) has no place for the offset of copy_guarded: it does "
+                "more with its input than to multiply it by one matrix. Use another init."
             )
         wrong = [source for source in config.sources_in(block.layer) if source >= block.num_experts]
         if wrong:
@@ -159,8 +167,8 @@ class MoExtendModel(MoeTuner):
         if config.calibration == "released_code" and found.scoring is None:
             raise ValueError(
                 f"calibration='released_code' corrects probabilities, but the weights of '{block.router}' "
-                f"({type(router).__name__}) are proportional neither to the softmax nor to the sigmoid of its logits. Use "
-                "calibration='paper' or None."
+                f"({type(router).__name__}) are proportional neither to the softmax nor to the sigmoid of its logits. "
+                "Use calibration='paper' or None."
             )
         return found
 
@@ -169,9 +177,9 @@ class MoExtendModel(MoeTuner):
         found = type(base_of(self.model.get_submodule(self._blocks[0].router))).__name__
         if config.base_router not in (None, found):
             warnings.warn(
-                f"The adapter was made for routers of the class {config.base_router}, but {type(self.model).__name__} has "
-                f"{found}. Shapes agree, so it loads; unless the class was only renamed, load the base model that its "
-                "adapter_config.json names.",
+                f"The adapter was made for routers of the class {config.base_router}, but {type(self.model).__name__} "
+                f"has {found}. Shapes agree, so it loads; unless the class was only renamed, load the base model that "
+                "its adapter_config.json names.",
                 stacklevel=2,
             )
         config.base_router = config.base_router or found
@@ -186,8 +194,8 @@ class MoExtendModel(MoeTuner):
         absent = sorted(layers - set(config.copy_sources or {}))
         if absent and is_new and not config.inference_mode:
             warnings.warn(
-                f"MoExtend: no copy_sources for layers {absent}, so their new experts begin as copies of expert 0. The "
-                "paper copies the expert that was chosen most often on the new domain.",
+                f"MoExtend: no copy_sources for layers {absent}, so their new experts begin as copies of expert 0. "
+                "The paper copies the expert that was chosen most often on the new domain.",
                 stacklevel=2,
             )
 
@@ -242,18 +250,18 @@ class MoExtendModel(MoeTuner):
             safe_merge (`bool`): look for values that are not finite first.
             adapter_names (`list[str]`, *optional*): what to merge; by default the active adapters.
             pad_experts (`bool`):
-                What to do where layers get different numbers of new experts, and the configuration of the model has one
-                number for all. `False` raises. `True` fills up with experts that change no output, whatever the input is;
-                that takes a router with a bias or a correction for each expert, or one that chooses a single expert of
-                weight 1. For other routers it raises too.
+                What to do where layers get different numbers of new experts, and the configuration of the model has
+                one number for all. `False` raises. `True` fills up with experts that change no output, whatever the
+                input is; that takes a router with a bias or a correction for each expert, or one that chooses a single
+                expert of weight 1. For other routers it raises too.
 
         Raises:
             ValueError: with the reasons why no plain model computes the same.
         """
         if not isinstance(pad_experts, bool):
             raise ValueError(
-                f"pad_experts must be True or False, but is {type(pad_experts).__name__}. Pads are exact or refused; none are "
-                "measured on batches."
+                f"pad_experts must be True or False, but is {type(pad_experts).__name__}. Pads are exact or refused; "
+                "none are measured on batches."
             )
         names = list(adapter_names or self.active_adapters)
         pads = check_enlargeable(self.model, names, safe_merge=safe_merge, pad_experts=pad_experts)
@@ -263,7 +271,8 @@ class MoExtendModel(MoeTuner):
 
     @contextmanager
     def _only_active(self, names: list[str]) -> Iterator[None]:
-        """Within this context these adapters act and no others, in their `modules_to_save` too, which have one each."""
+        """Within this context these adapters act and no others, in their `modules_to_save` too, which have one
+        each."""
         layers = [m for m in self.model.modules() if isinstance(m, MoExtendLayer | ModulesToSaveWrapper)]
         before = [(layer, layer._active_adapter, layer._disable_adapters) for layer in layers]
         try:
@@ -292,8 +301,8 @@ def warn_of_a_guard_for_good(config: MoExtendConfig) -> None:
         return
     warnings.warn(
         f"init='copy_guarded' with guard_offset={config.guard_offset} and router_aux_loss_coef="
-        f"{config.router_aux_loss_coef}: no token chooses the new experts, and no gradient raises their offset, so they "
-        "will not learn. To train, set guard_offset=-8 and a router_aux_loss_coef above 0, or take another init.",
+        f"{config.router_aux_loss_coef}: no token chooses the new experts, and no gradient raises their offset, so "
+        "they will not learn. To train, set guard_offset=-8 and a router_aux_loss_coef above 0, or take another init.",
         stacklevel=2,
     )
 
@@ -308,9 +317,9 @@ def warn_of_fixed_weights(probes: Mapping[int, RouterProbe]) -> None:
     fixed = [layer for layer, found in probes.items() if (s := found.scoring) and s.is_single and s.is_normalized]
     if fixed:
         warnings.warn(
-            f"calibration='released_code' shares out a fixed sum of weights among the chosen experts, but the routers of layers "
-            f"{fixed} choose one expert per token, so it changes nothing there and does not train. Use calibration='paper' or "
-            "None.",
+            "calibration='released_code' shares out a fixed sum of weights among the chosen experts, but the routers "
+            f"of layers {fixed} choose one expert per token, so it changes nothing there and does not train. Use "
+            "calibration='paper' or None.",
             stacklevel=2,
         )
 
@@ -337,10 +346,10 @@ class _KeepNativeLossOut:
             return None
         if is_asked:
             raise ValueError(
-                f"{type(module).__name__} was asked for router logits ({FLAG}=True, in the call or in its configuration), for "
-                "a load-balancing loss of its own that counts the experts of the base model only. Set it to False: the loss of "
-                "MoExtendConfig acts without it, and get_aux_loss(model) gives its value. The logits alone are returned by the "
-                f"backbone without the head, called with {FLAG}=True."
+                f"{type(module).__name__} was asked for router logits ({FLAG}=True, in the call or in its "
+                "configuration), for a load-balancing loss of its own that counts the experts of the base model only. "
+                "Set it to False: the loss of MoExtendConfig acts without it, and get_aux_loss(model) gives its "
+                f"value. The logits alone are returned by the backbone without the head, called with {FLAG}=True."
             )
         return args, {**kwargs, FLAG: False}
 

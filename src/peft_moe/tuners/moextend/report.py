@@ -30,8 +30,8 @@ def selection_shift(before: Mapping[int, Sequence[int]], after: Mapping[int, Seq
     """How far the experts that each layer chooses have shifted between two models.
 
     `d_j = Std_i(R_ij(κ) − R_ij(κ'))`, where `R_ij` is the share of expert `i` in the choices of layer `j` (MoExtend,
-    section on the Extender). The standard deviation is that of the population (divided by E); the released code divides by
-    E − 1, which changes no ranking of layers with equal numbers of experts.
+    section on the Extender). The standard deviation is that of the population (divided by E); the released code
+    divides by E − 1, which changes no ranking of layers with equal numbers of experts.
 
     Args:
         before (`Mapping[int, Sequence[int]]`), after (`Mapping[int, Sequence[int]]`):
@@ -115,7 +115,8 @@ class ExtenderReport:
             p (`float`): share of the layers, in (0, 1]. Paper: 0.5.
             num_new_experts (`int`): per layer. Paper: 1. Several copy the most used experts, one each.
             copy_source (`"original"` or `"tuned"`):
-                A new expert copies the one that was used most with the original routers (paper, eq. 8), or with the tuned
+                A new expert copies the one that was used most with the original routers (paper, eq. 8), or with the
+                tuned
                 ones (released code).
             config_fields: further fields of [`MoExtendConfig`], e.g. `task_type="CAUSAL_LM"`.
 
@@ -133,8 +134,8 @@ class ExtenderReport:
         layers = sorted(self.ranking[: self._num_layers(p)])
         if not any(self.shift.values()):
             raise ValueError(
-                "No layer chose other experts after tuning, so that there is no ranking. Measure with more steps, a higher "
-                "learning rate or a larger probe set."
+                "No layer chose other experts after tuning, so that there is no ranking. Measure with more steps, a "
+                "higher learning rate or a larger probe set."
             )
         if still := [layer for layer in layers if not self.shift[layer]]:
             logger.warning(f"Layers {still} are among the chosen ones, but did not shift at all. Choose a smaller p.")
@@ -282,7 +283,8 @@ class ExtenderReport:
 
 
 def _most_used(counts: Sequence[int], number: int) -> list[int]:
-    """The experts that were chosen most often, of equal ones the lower first; from the start again if there are too few."""
+    """The experts that were chosen most often, of equal ones the lower first; from the start again if there are too
+    few."""
     ranked = sorted(range(len(counts)), key=lambda expert: (-counts[expert], expert))
     return [ranked[index % len(ranked)] for index in range(number)]
 

@@ -28,9 +28,10 @@ from .layer import MoExtendLayer
 class GateRows(nn.Module):
     """What N new experts add to everything in a router that has an entry for each expert.
 
-    Keys of a saved adapter are those of the router with `.` replaced by `_`: `weight` `(N, D)`, for some families `bias`
-    `(N,)` and `e_score_correction_bias` `(N,)`, which does not train; and `offset` `(N,)` for `init="copy_guarded"`. A scale
-    of the weights of each expert (gemma4) belongs to the expert, so it is copied whatever `init` is.
+    Keys of a saved adapter are those of the router with `.` replaced by `_`: `weight` `(N, D)`, for some families
+    `bias` `(N,)` and `e_score_correction_bias` `(N,)`, which does not train; and `offset` `(N,)` for
+    `init="copy_guarded"`. A scale of the weights of each expert (gemma4) belongs to the expert, so it is copied
+    whatever `init` is.
 
     Args:
         router (`nn.Module`): of the base model.
@@ -130,11 +131,11 @@ class MoExtendRouter(MoExtendLayer):
             correction=correction,
         )
         if config.calibration is not None:
-            is_paper = config.calibration == "paper"
+            width = self.larger_router.weight_of(self.base_layer).shape[-1]
             self.moextend_calibration[adapter_name] = Calibration(
                 config.calibration,
                 self.probe.scoring,
-                in_features=self.larger_router.weight_of(self.base_layer).shape[-1] if is_paper else num_experts + len(sources),
+                in_features=width if config.calibration == "paper" else num_experts + len(sources),
                 calibration_dim=config.calibration_dim,
                 num_experts=num_experts + len(sources),
             )
@@ -170,8 +171,8 @@ class MoExtendRouter(MoExtendLayer):
         return tuple(balanced if entry is decision.top_k_weights else entry for entry in output)
 
     def _concerns_others(self, names: list[str]) -> bool:
-        """Whether anything but the experts reads the decision. Evaluation takes no detour: as in the base model NaN then
-        passes through, which loading refuses and training stops at."""
+        """Whether anything but the experts reads the decision. Evaluation takes no detour: as in the base model NaN
+        then passes through, which loading refuses and training stops at."""
         return (
             self.training
             or self.recorder.needs_record(is_training=False)
@@ -179,20 +180,22 @@ class MoExtendRouter(MoExtendLayer):
         )
 
     def _check_zero3(self, hidden_states: torch.Tensor) -> None:
-        """Raise where DeepSpeed ZeRO-3 would gather the block too late, or count its gradients before they are there."""
+        """Raise where DeepSpeed ZeRO-3 would gather the block too late, or count its gradients before they are
+        there."""
         parameter = self.larger_router.weight_of(self.base_layer)
         if not hasattr(parameter, "ds_id"):
             return
         if not hasattr(parameter, "ds_z3_leaf_module"):
             raise RuntimeError(
-                f"DeepSpeed ZeRO-3 has to gather '{self.block.name}' as a whole, since MoExtend runs its router with further "
-                "rows. Name its class: zero_optimization={'leaf_module': {'classes': [...]}} in the config of DeepSpeed, or "
-                "deepspeed_moe_layer_cls_names in that of accelerate."
+                f"DeepSpeed ZeRO-3 has to gather '{self.block.name}' as a whole, since MoExtend runs its router with "
+                "further rows. Name its class: zero_optimization={'leaf_module': {'classes': [...]}} in the config of "
+                "DeepSpeed, or deepspeed_moe_layer_cls_names in that of accelerate."
             )
         if self.training and torch.is_grad_enabled() and not hidden_states.requires_grad:
             raise RuntimeError(
-                f"DeepSpeed ZeRO-3 takes the gradients of '{self.block.name}' when that of its input is there, but its input "
-                "has none, so new experts would get zeros. Call model.enable_input_require_grads() before training."
+                f"DeepSpeed ZeRO-3 takes the gradients of '{self.block.name}' when that of its input is there, but "
+                "its input has none, so new experts would get zeros. Call model.enable_input_require_grads() before "
+                "training."
             )
 
     def _with_corrections(self, argument: Any, gates: list[GateRows]) -> Any:
@@ -209,14 +212,16 @@ class MoExtendRouter(MoExtendLayer):
             return decision.top_k_weights  # type: ignore[return-value]
         if len(names) > 1:
             raise RuntimeError(
-                f"The adapters {names} are active together, but {calibrated[0]!r} has a calibration, which was made for "
-                "its own experts alone. Activate one of them, or train with calibration=None."
+                f"The adapters {names} are active together, but {calibrated[0]!r} has a calibration, which was made "
+                "for its own experts alone. Activate one of them, or train with calibration=None."
             )
         weights: torch.Tensor = self.moextend_calibration[calibrated[0]](hidden_states, decision)
         check_finite(weights, f"'{self.block.router} (calibration)' (adapter {', '.join(names)}) gave values")
         return weights
 
-    def _balanced(self, adapter_name: str, decision: RouterOutput, weights: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    def _balanced(
+        self, adapter_name: str, decision: RouterOutput, weights: torch.Tensor, shape: torch.Size
+    ) -> torch.Tensor:
         """The weights unchanged, with the load-balancing loss hung on them."""
         is_training = self.training and adapter_name in self.aux_loss.functions
         needs_record = self.recorder.needs_record(is_training=is_training)
