@@ -34,7 +34,7 @@ from peft_moe import MoeLlavaConfig, MoeLlavaForConditionalGeneration
 from peft_moe.models.moe_llava.experts import MoeLlavaGatedExperts
 
 
-# on CUDA, peft_moe hands on to grouped_mm
+# peft_moe hands on to grouped_mm
 IMPLEMENTATIONS = [
     "eager",
     "modules",

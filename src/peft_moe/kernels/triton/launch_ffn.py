@@ -7,10 +7,9 @@ from typing import Any
 import torch
 import triton
 
-from ...ffn_layout import Order, Wanted
-from ..programs import ffn as programs
-from ..tiles import MIN_BLOCK, Tiles, needs_upcast, next_power_of_two, options, precision_of
-from .device import on_its_device
+from .programs import ffn as programs
+from .rows import Order, Wanted
+from .tiles import MIN_BLOCK, Tiles, launch, needs_upcast, next_power_of_two, precision_of
 
 
 # tiles of rows, or of ranks, whose programs run side by side
@@ -55,9 +54,18 @@ def gradient_tiles(dtype: torch.dtype, large: bool) -> tuple[Tiles, int]:
     return Tiles(128, 256 if large else 128, 8, 3), 64
 
 
-def settings(dtype: torch.dtype, *others: torch.dtype) -> dict[str, Any]:
-    """Precision of products in `dtype` that read or write `others` too."""
-    return {**precision_of(dtype), "UPCAST": any(map(needs_upcast, (dtype, *others)))}
+def facts_of(order: Order, num_experts: int, dtype: torch.dtype, *others: torch.dtype) -> dict[str, Any]:
+    """What programs ask of pairs, by the names of their arguments; products in `dtype` read or write `others` too."""
+    return {
+        "pair_of_row": order.pair_of_row,
+        "segment_end": order.segment_end,
+        "E": num_experts,
+        "K": order.top_k,
+        "SEGMENTS": next_power_of_two(num_experts),
+        "GROUP": GROUP,
+        **precision_of(dtype),
+        "UPCAST": any(map(needs_upcast, (dtype, *others))),
+    }
 
 
 def choice_of(x: torch.Tensor, w: torch.Tensor, order: Order) -> tuple[bool, torch.dtype, torch.dtype, bool]:
@@ -78,7 +86,6 @@ def buffer(like: torch.Tensor, order: Order, num_experts: int, width: int) -> to
     return make(order.num_pairs, width)
 
 
-@on_its_device
 def run_first_linear(
     x_TD: torch.Tensor,
     w_EDU: torch.Tensor,
@@ -95,36 +102,15 @@ def run_first_linear(
     hidden = x_TD.new_empty(order.num_pairs, width)
     if order.num_pairs:
         tiles, step = first_tiles(*choice_of(x_TD, w_EDU, order), has_gate, activation)
-        programs.first_linear[grid_of(order, num_experts, tiles, width)](
-            x_TD,
-            w_EDU,
-            bias_EU,
-            order.pair_of_row,
-            order.segment_end,
-            inner,
-            hidden,
-            depth,
-            width,
-            x_TD.stride(0),
-            *w_EDU.stride(),
-            E=num_experts,
-            K=order.top_k,
-            SEGMENTS=next_power_of_two(num_experts),
-            ACTIVATION=activation,
-            HAS_GATE=has_gate,
-            HAS_BIAS=bias_EU is not None,
-            HAS_INNER=keeps_inner,
-            GROUP=GROUP,
-            BLOCK_M=tiles.rows,
-            BLOCK_F=tiles.columns,
-            BLOCK_D=step,
-            **options(tiles),
-            **settings(x_TD.dtype, w_EDU.dtype),
-        )
+        facts = {"x": x_TD, "w": w_EDU, "bias": bias_EU, "inner": inner, "hidden": hidden, "D": depth, "F": width}
+        facts |= dict(zip(("stride_we", "stride_wd", "stride_wf"), w_EDU.stride())) | {"stride_x": x_TD.stride(0)}
+        facts |= {"HAS_BIAS": bias_EU is not None, "HAS_INNER": keeps_inner, "HAS_GATE": has_gate}
+        facts |= {"ACTIVATION": activation, "BLOCK_M": tiles.rows, "BLOCK_F": tiles.columns, "BLOCK_D": step}
+        facts |= facts_of(order, num_experts, x_TD.dtype, w_EDU.dtype)
+        launch(programs.first_linear, grid_of(order, num_experts, tiles, width), tiles, x_TD, facts)
     return inner, hidden
 
 
-@on_its_device
 def run_row_product(
     x: torch.Tensor,
     w_EDW: torch.Tensor,
@@ -139,35 +125,15 @@ def run_row_product(
     out = buffer(x, order, num_experts, width)
     if order.num_pairs:
         tiles, step = product_tiles(*choice_of(x, w_EDW, order))
-        programs.row_product[grid_of(order, num_experts, tiles, width)](
-            x,
-            w_EDW,
-            bias_EW,
-            weights_TK,
-            order.pair_of_row,
-            order.segment_end,
-            out,
-            depth,
-            width,
-            x.stride(0),
-            *w_EDW.stride(),
-            E=num_experts,
-            K=order.top_k,
-            SEGMENTS=next_power_of_two(num_experts),
-            GATHERS=gathers,
-            HAS_BIAS=bias_EW is not None,
-            HAS_WEIGHT=weights_TK is not None,
-            GROUP=GROUP,
-            BLOCK_M=tiles.rows,
-            BLOCK_W=tiles.columns,
-            BLOCK_D=step,
-            **options(tiles),
-            **settings(x.dtype, w_EDW.dtype),
-        )
+        facts = {"x": x, "w": w_EDW, "bias": bias_EW, "weight": weights_TK, "out": out, "D": depth, "W": width}
+        facts |= dict(zip(("stride_we", "stride_wd", "stride_ww"), w_EDW.stride())) | {"stride_x": x.stride(0)}
+        facts |= {"GATHERS": gathers, "HAS_BIAS": bias_EW is not None, "HAS_WEIGHT": weights_TK is not None}
+        facts |= {"BLOCK_M": tiles.rows, "BLOCK_W": tiles.columns, "BLOCK_D": step}
+        facts |= facts_of(order, num_experts, x.dtype, w_EDW.dtype)
+        launch(programs.row_product, grid_of(order, num_experts, tiles, width), tiles, x, facts)
     return out
 
 
-@on_its_device
 def run_activation_gradient(
     inner_NU: torch.Tensor,
     grad_NF: torch.Tensor | None,
@@ -186,78 +152,38 @@ def run_activation_gradient(
         weighted = inner_NU.new_empty(order.num_pairs, width) if grad_NF is None else grad_NF
     dots = weights_TK.new_empty(order.num_pairs) if wanted.dots else None
     if order.num_pairs:
-        programs.activation_gradient[(triton.cdiv(order.num_pairs, ACTIVATION_TILES.rows),)](
-            grad_NF,
-            weights_TK,
-            order.pair_of_row,
-            order.segment_end,
-            inner_NU,
-            grad_inner,
-            weighted,
-            dots,
-            width,
-            E=num_experts,
-            ACTIVATION=activation,
-            HAS_GATE=has_gate,
-            HAS_G=grad_NF is not None,
-            HAS_INNER=wanted.grad_inner,
-            HAS_WEIGHTED=wanted.weighted,
-            HAS_DOTS=wanted.dots,
-            BLOCK_M=ACTIVATION_TILES.rows,
-            BLOCK_F=ACTIVATION_TILES.columns,
-            UPCAST=needs_upcast(inner_NU.dtype),
-            **options(ACTIVATION_TILES),
-        )
+        tiles = ACTIVATION_TILES
+        facts = {"g": grad_NF, "weight": weights_TK, "inner": inner_NU, "grad_inner": grad_inner, "dots": dots}
+        facts |= {"weighted": weighted, "F": width, "ACTIVATION": activation, "HAS_GATE": has_gate}
+        facts |= {"HAS_G": grad_NF is not None, "HAS_INNER": wanted.grad_inner, "HAS_DOTS": wanted.dots}
+        facts |= {"HAS_WEIGHTED": wanted.weighted, "BLOCK_M": tiles.rows, "BLOCK_F": tiles.columns}
+        facts |= facts_of(order, num_experts, inner_NU.dtype)
+        grid = (triton.cdiv(order.num_pairs, tiles.rows),)
+        launch(programs.activation_gradient, grid, tiles, inner_NU, facts)
     return grad_inner, weighted, dots
 
 
-@on_its_device
 def run_stack_gradient(r_NR: torch.Tensor, y_TC: torch.Tensor, order: Order, out_ERC: torch.Tensor) -> torch.Tensor:
     """`Σ_n r_n y_tᵀ` over the rows of each expert, written to `out`, whatever its strides."""
     num_experts, height, width = out_ERC.shape
     tiles, step = gradient_tiles(r_NR.dtype, is_large(r_NR.device, r_NR.dtype))
     num_blocks = triton.cdiv(height, tiles.rows) * triton.cdiv(width, tiles.columns)
-    programs.stack_gradient[(num_blocks, num_experts)](
-        r_NR,
-        y_TC,
-        order.pair_of_row,
-        order.segment_end,
-        out_ERC,
-        height,
-        width,
-        y_TC.stride(0),
-        *out_ERC.stride(),
-        K=order.top_k,
-        GROUP=GROUP,
-        BLOCK_R=tiles.rows,
-        BLOCK_C=tiles.columns,
-        BLOCK_N=step,
-        **options(tiles),
-        **settings(r_NR.dtype, out_ERC.dtype),
-    )
+    facts = {"r": r_NR, "y": y_TC, "out": out_ERC, "R": height, "C": width, "stride_y": y_TC.stride(0)}
+    facts |= dict(zip(("stride_oe", "stride_or", "stride_oc"), out_ERC.stride()))
+    facts |= {"BLOCK_R": tiles.rows, "BLOCK_C": tiles.columns, "BLOCK_N": step}
+    facts |= facts_of(order, num_experts, r_NR.dtype, out_ERC.dtype)
+    launch(programs.stack_gradient, (num_blocks, num_experts), tiles, r_NR, facts)
     return out_ERC
 
 
-@on_its_device
 def run_bias_gradient(
     y: torch.Tensor, weights_TK: torch.Tensor | None, order: Order, out_EW: torch.Tensor, *, gathers: bool
 ) -> torch.Tensor:
     """`Σ_n w_tk · y` over the rows of each expert, from `(T, W)` if it gathers, else from `(N, W)`, written to `out`."""
     num_experts, width = out_EW.shape
-    programs.bias_gradient[(triton.cdiv(width, BIAS_TILES.columns), num_experts)](
-        y,
-        weights_TK,
-        order.pair_of_row,
-        order.segment_end,
-        out_EW,
-        width,
-        y.stride(0),
-        K=order.top_k,
-        GATHERS=gathers,
-        HAS_WEIGHT=weights_TK is not None,
-        BLOCK_W=BIAS_TILES.columns,
-        BLOCK_N=BIAS_TILES.rows,
-        UPCAST=any(map(needs_upcast, (y.dtype, out_EW.dtype))),
-        **options(BIAS_TILES),
-    )
+    tiles = BIAS_TILES
+    facts = {"y": y, "weight": weights_TK, "out": out_EW, "W": width, "stride_y": y.stride(0), "GATHERS": gathers}
+    facts |= {"HAS_WEIGHT": weights_TK is not None, "BLOCK_W": tiles.columns, "BLOCK_N": tiles.rows}
+    facts |= facts_of(order, num_experts, y.dtype, out_EW.dtype)
+    launch(programs.bias_gradient, (triton.cdiv(width, tiles.columns), num_experts), tiles, y, facts)
     return out_EW

@@ -1,40 +1,32 @@
-"""FFN experts by Triton programs, under the name `"peft_moe_triton"`, which never hands on to another implementation.
+"""FFN experts for transformers' experts interface, under the names `"peft_moe"` and `"peft_moe_triton"`.
 
-Tokens are gathered and weighted inside the products, and a usual activation is computed where its product ends. Of the
-intermediate tensors only the output of the first linear is kept for backward. The host waits for nothing, no two programs
-write to one place, and the stacks of weights are read where they lie.
+`"peft_moe"` hands on to transformers' `grouped_mm`, or to `batched_mm` where sizes or dtype are not for it: on a CPU nothing
+of our own was faster (docs/log.md), and on CUDA nothing of our own was measured. `"peft_moe_triton"` runs Triton programs and
+never hands on: tokens are gathered and weighted inside the products, and a usual activation is computed where its product
+ends. Of the intermediate tensors only the output of the first linear is kept for backward. The host waits for nothing, no two
+programs write to one place, and the stacks of weights are read where they lie.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.activations import ACT2FN
 from transformers.integrations import moe
 
 from .backends.triton import as_float, is_usable, unit_stride
-from .ffn_layout import (
-    Activation,
-    Linears,
-    Order,
-    Wanted,
-    activation_of,
-    dtype_of,
-    has_sentinel,
-    linears_of,
-    obstacle,
-    second_derivative_error,
-    stored,
-    weight_names,
-)
 from .triton import is_interpreted
-from .triton.rows import sort
+from .triton.rows import Order, Wanted, order_of
 
 
-NAME = "peft_moe_triton"
+NAME = "peft_moe"
+TRITON_NAME = "peft_moe_triton"
 # what transformers calls an activation → what the programs call it
 ACTIVATIONS = {
     "silu": "silu",
@@ -50,6 +42,22 @@ ACTIVATIONS = {
 CLASSES = {type(ACT2FN[name]): ours for name, ours in ACTIVATIONS.items()}
 
 
+Activation = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Linears(NamedTuple):
+    """The stacked linears of E experts, `x W_up → activation → W_down`.
+
+    `up` `(E, D, U)` and `down` `(E, F, D)`, seen as matrices that rows are multiplied with from the left; U is 2F where
+    there is a gate. Biases `(E, U)` and `(E, D)`, or `None`.
+    """
+
+    up: torch.Tensor
+    up_bias: torch.Tensor | None
+    down: torch.Tensor
+    down_bias: torch.Tensor | None
+
+
 class Needs(NamedTuple):
     """Which gradients are wanted."""
 
@@ -61,18 +69,137 @@ class Needs(NamedTuple):
     down_bias: bool
 
 
-def explanation(experts: nn.Module, device: torch.device) -> str:
-    """What [`explain_ffn_experts`] says of this implementation."""
-    reason = reason_against(experts, device)
+def register() -> None:
+    """Make both names known to transformers' `experts_implementation`. Calling it again changes nothing."""
+    moe.ExpertsInterface.register(NAME, ffn_experts_forward)
+    moe.ExpertsInterface.register(TRITON_NAME, ffn_triton_forward)
+
+
+def explain_ffn_experts(experts: nn.Module, device: torch.device | str = "cpu", *, implementation: str = NAME) -> str:
+    """Say what computes a module of experts under a name of this package, and why.
+
+    Args:
+        experts (`nn.Module`): a module that takes part in transformers' experts interface.
+        device (`torch.device` or `str`): where its inputs are.
+        implementation (`str`): `"peft_moe"`, or `"peft_moe_triton"`, which never hands on.
+
+    Raises:
+        `ValueError`: if the name is another one.
+
+    Example:
+
+    ```py
+    >>> explain_ffn_experts(model.model.layers[0].mlp.experts)
+    'grouped_mm: dtype and widths are for it'
+    ```
+    """
+    if implementation == NAME:
+        return ": ".join(stand_in_for(experts))
+    if implementation != TRITON_NAME:
+        raise ValueError(
+            f"explain_ffn_experts knows {NAME!r} and {TRITON_NAME!r}, but got implementation={implementation!r}. "
+            "Pass one of the two."
+        )
+    reason = reason_against_triton(experts, torch.device(device))
     if reason is not None:
-        return f"{NAME}: cannot run, {reason}"
+        return f"{TRITON_NAME}: cannot run, {reason}"
     activation = known_activation(experts)
-    return f"{NAME}: Triton programs, " + (
+    return f"{TRITON_NAME}: Triton programs, " + (
         "with the activation between them by torch" if activation is None else f"with {activation!r} inside"
     )
 
 
-def reason_against(experts: nn.Module, device: torch.device) -> str | None:
+def stand_in_for(experts: nn.Module) -> tuple[str, str]:
+    """What of transformers computes the experts under the name `"peft_moe"`, and why."""
+    weights = [stored(experts, name) for name in weight_names(experts)]
+    if any(weight.dtype == torch.float64 for weight in weights):
+        return "batched_mm", "grouped_mm does not take float64"
+    if any(size * weight.element_size() % 16 for weight in weights for size in weight.shape[1:]):
+        return "batched_mm", "grouped_mm demands that rows be multiples of 16 bytes"
+    return "grouped_mm", "dtype and widths are for it"
+
+
+def ffn_experts_forward(
+    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """`(T, D)` → `(T, D)`: for each token the weighted sum of its experts, in the form that transformers calls.
+
+    Args:
+        self (`nn.Module`): stacked experts, with the attributes that transformers' `use_experts_implementation` gives.
+        hidden_states (`torch.Tensor` of shape `(T, D)`)
+        top_k_index (`torch.Tensor` of shape `(T, K)`, int64):
+            The experts of each token. E stands for an expert of another process, which contributes nothing here.
+        top_k_weights (`torch.Tensor` of shape `(T, K)`)
+    """
+    implementation = moe.ALL_EXPERTS_FUNCTIONS[stand_in_for(self)[0]]
+    return implementation(self, hidden_states, top_k_index, top_k_weights)  # type: ignore[no-any-return]
+
+
+def obstacle(experts: nn.Module) -> str | None:
+    """Why these experts are more than two linears with an activation between them, if they are."""
+    if getattr(experts, "has_post_expert_norm", False):
+        return "the experts have a norm after their second linear"
+    up, down = weight_names(experts)
+    named = dict(experts.named_parameters())
+    others = sorted(set(named) - {up, down, f"{up}_bias", f"{down}_bias"} - _parametrized(named))
+    if others:
+        return f"the experts have parameters beside their two linears ({', '.join(others)})"
+    for name in (up, down):
+        weight = stored(experts, name)
+        if isinstance(weight, DTensor) or not weight.is_floating_point():
+            return f"{name!r} is {type(weight).__name__} of {weight.dtype}"
+    return None
+
+
+def has_sentinel(experts: nn.Module) -> bool:
+    """Whether E may stand for an expert of another process."""
+    return bool(getattr(experts, "_is_expert_parallel", False))
+
+
+def stored(experts: nn.Module, name: str) -> torch.Tensor:
+    """What is behind an attribute: to read a parametrized one would compute it."""
+    parameter = experts._parameters.get(name)
+    if parameter is None and parametrize.is_parametrized(experts, name):
+        parameter = experts.get_parameter(f"parametrizations.{name}.original")
+    found: torch.Tensor = getattr(experts, name) if parameter is None else parameter
+    return found
+
+
+def _parametrized(names: Any) -> set[str]:
+    """What `torch.nn.utils.parametrize` (PEFT's `target_parameters`) keeps behind an attribute."""
+    return {name for name in names if name.startswith("parametrizations.")}
+
+
+def weight_names(experts: nn.Module) -> tuple[str, str]:
+    """The attributes with the weights of both linears."""
+    return ("gate_up_proj" if experts.has_gate else "up_proj"), "down_proj"
+
+
+def activation_of(experts: nn.Module) -> Activation:
+    """What is between the linears: `(N, U)` → `(N, F)`."""
+    return experts._apply_gate if experts.has_gate else experts.act_fn  # type: ignore[return-value]
+
+
+def linears_of(experts: nn.Module, device: torch.device) -> tuple[Linears, torch.dtype]:
+    """The linears as they are, and the dtype to compute in."""
+    parts: dict[str, torch.Tensor | None] = {}
+    for name, weight_name in zip(("up", "down"), weight_names(experts), strict=True):
+        weight = getattr(experts, weight_name)
+        parts[name] = weight if experts.is_transposed else weight.transpose(1, 2)
+        parts[f"{name}_bias"] = getattr(experts, f"{weight_name}_bias") if experts.has_bias else None
+    linears = Linears(**parts)  # type: ignore[arg-type]
+    return linears, dtype_of(linears.up, linears.down, device)
+
+
+def dtype_of(up: torch.Tensor, down: torch.Tensor, device: torch.device) -> torch.dtype:
+    """The wider dtype of both weights, or that of autocast."""
+    dtype = torch.promote_types(up.dtype, down.dtype)
+    if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device.type)
+    return dtype
+
+
+def reason_against_triton(experts: nn.Module, device: torch.device) -> str | None:
     """Why the programs cannot compute these experts on this device, if they cannot."""
     is_there, reason = is_usable()
     if not is_there:
@@ -129,10 +256,10 @@ def ffn_triton_forward(
     Raises:
         `RuntimeError`: if the programs cannot run here, or not with these experts; says why.
     """
-    reason = reason_against(self, hidden_states.device)
+    reason = reason_against_triton(self, hidden_states.device)
     if reason is not None:
         raise RuntimeError(
-            f"experts_implementation={NAME!r} cannot compute {type(self).__name__}: {reason}. Use "
+            f"experts_implementation={TRITON_NAME!r} cannot compute {type(self).__name__}: {reason}. Use "
             "model.set_experts_implementation('grouped_mm')."
         )
     linears, dtype = linears_of(self, hidden_states.device)
@@ -142,12 +269,6 @@ def ffn_triton_forward(
     with torch.autocast(hidden_states.device.type, enabled=False):
         out = _run(hidden_states.to(dtype), top_k_weights, linears, order, activation, bool(self.has_gate))
     return out.to(hidden_states.dtype)
-
-
-def order_of(top_k_index: torch.Tensor, num_experts: int) -> Order:
-    """Sort on the device, without waiting for it."""
-    index_TK = top_k_index.long().contiguous()
-    return Order(index_TK, *sort(index_TK.view(-1, 1), 1, num_experts))
 
 
 def _run(
@@ -177,7 +298,7 @@ def compute(
     keeps_inner: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The output, and `(N, U)` before the activation if it is kept."""
-    from .triton.launch import ffn as launch
+    from .triton import launch_ffn as launch
 
     x_TD, (up, up_bias, down, down_bias) = unit_stride(x_TD), _with_plain_biases(linears)
     if isinstance(activation, str):
@@ -201,7 +322,7 @@ def compute_gradients(
     needs: Needs,
 ) -> tuple[torch.Tensor | None, ...]:
     """`g = dy Vᵀ; dw = h·g + dy·b; dV = (w h)ᵀ dy; du = act'(u) (w g); dU = xᵀ du; dx = du Uᵀ`, in the order of `Needs`."""
-    from .triton.launch import ffn as launch
+    from .triton import launch_ffn as launch
 
     grad_TD, x_TD, weights = unit_stride(grad_TD), unit_stride(x_TD), as_float(weights_TK)
     assert weights is not None
@@ -237,7 +358,7 @@ def _between(
     wanted: Wanted,
 ) -> tuple[Any, Any, Any]:
     """The members of `Wanted`."""
-    from .triton.launch import ffn as launch
+    from .triton import launch_ffn as launch
 
     if not any(wanted):
         return None, None, None
@@ -331,7 +452,10 @@ class _FfnTriton(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if torch.is_grad_enabled():
-            raise second_derivative_error(NAME)
+            raise RuntimeError(
+                f"{TRITON_NAME!r} experts have no second derivative, which create_graph=True asks for. Use "
+                "model.set_experts_implementation('grouped_mm')."
+            )
         x_TD, weights_TK, inner_NU, *saved = ctx.saved_tensors
         linears, order = Linears(*saved[:4]), Order(*saved[4:])
         needs = Needs(*ctx.needs_input_grad[:6])
