@@ -2,7 +2,7 @@
 
 The backbone returns the logits of all layers, of different widths. The head, which would stack them, is told that nobody
 asked; its `aux_loss` is then that of the extended layers, as a number, and its loss is that of the task alone. What trains
-is the balance loss of the adapter, by `aux_loss.py`. A head that balances its routers in training whether or not anybody asked
+is the balance loss of the adapter, by [`AuxLoss`]. A head that balances its routers in training whether or not anybody asked
 (`MoeLlava`) is told that nobody wants it.
 """
 
