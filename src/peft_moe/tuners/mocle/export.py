@@ -180,10 +180,13 @@ def export_cluster_lora(
     >>> PeftModel.from_pretrained(base_model, "adapter-of-cluster-3").merge_and_unload()
     ```
     """
+    if isinstance(cluster, bool):
+        raise TypeError(f"cluster must be the number of a cluster, but is {cluster!r}.")
+    number = None if cluster is None else operator.index(cluster)
     adapter = _Adapter.find(model, adapter_name)
-    mixtures = adapter.mixtures(cluster)
+    mixtures = adapter.mixtures(number)
     folder = _usable_folder(path)
-    _write_adapter(folder, adapter, mixtures, UNIVERSAL if cluster is None else str(operator.index(cluster)))
+    _write_adapter(folder, adapter, mixtures, UNIVERSAL if number is None else str(number))
     return folder
 
 
@@ -284,7 +287,11 @@ class _Adapter:
                     "(universal_expert=False). Name a cluster."
                 )
             return dict.fromkeys(self.layers, ((self.config.num_experts, 1.0),))
-        cluster = self._checked(cluster)
+        if not 0 <= cluster < self.config.num_clusters:
+            raise ValueError(
+                f"cluster must be between 0 and {self.config.num_clusters - 1} (num_clusters="
+                f"{self.config.num_clusters}), but is {cluster}."
+            )
         by_scope: dict[str, Mixture] = {}
         for layer in self.layers.values():
             scope = layer.scopes[self.name]
@@ -302,22 +309,6 @@ class _Adapter:
             pairs = zip(output.top_k_index[0].tolist(), output.top_k_weights[0].tolist(), strict=True)
             by_scope[scope.name] = tuple(sorted(pairs))
         return {name: by_scope[layer.scopes[self.name].name] for name, layer in self.layers.items()}
-
-    def _checked(self, cluster: Any) -> int:
-        try:
-            number = operator.index(cluster)
-        except TypeError as error:
-            raise TypeError(
-                f"cluster must be a whole number, or None for the universal expert alone, but is {cluster!r}."
-            ) from error
-        if isinstance(cluster, bool):
-            raise TypeError(f"cluster must be the number of a cluster, but is {cluster!r}.")
-        if not 0 <= number < self.config.num_clusters:
-            raise ValueError(
-                f"cluster must be between 0 and {self.config.num_clusters - 1} (num_clusters={self.config.num_clusters}), "
-                f"but is {number}."
-            )
-        return number
 
     def lora_tensors(self, mixtures: dict[str, Mixture]) -> dict[str, torch.Tensor]:
         """A `(K · R, D)` and B `(O, K · R)` of each linear, under the keys of PEFT."""
@@ -440,11 +431,9 @@ def _usable_folder(path: str | Path) -> Path:
     found = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
     found = [name for name in found if not name.startswith(STAGING_PREFIX)]
     if found and not _is_export(folder):
-        kind = _adapter_type(folder / CONFIG_NAME)
-        what = f"a {kind} adapter" if kind else ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
         raise ValueError(
-            f"{str(folder)!r} holds {what} that no export has written, and it is not overwritten. Give another path, or "
-            "empty the folder."
+            f"{str(folder)!r} holds {', '.join(found[:5])}{', ...' if len(found) > 5 else ''}, which no export has "
+            "written, and is not overwritten. Give another path, or empty the folder."
         )
     return folder
 
@@ -457,13 +446,6 @@ def _is_export(folder: Path) -> bool:
             return EXPORT_MARK in (file.metadata() or {})
     except (OSError, SafetensorError):
         return False
-
-
-def _adapter_type(config_file: Path) -> str | None:
-    try:
-        return str(json.loads(config_file.read_text(encoding="utf-8"))["peft_type"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def _write_adapter(folder: Path, adapter: _Adapter, mixtures: dict[str, Mixture], clusters: str) -> None:
@@ -503,11 +485,8 @@ def _card(adapter: _Adapter, config: LoraConfig, clusters: str) -> ModelCard:
     if clusters == UNIVERSAL:
         title, what = "Universal expert", "the universal expert of a MoCLE adapter, for texts of no known cluster"
     else:
-        several = "," in clusters
-        title = f"{'Clusters' if several else 'Cluster'} {clusters.replace(',', ', ')}"
-        what = (
-            f"what a MoCLE adapter computes for the instructions of {'these clusters' if several else 'this cluster'}"
-        )
+        title = f"{'Clusters' if ',' in clusters else 'Cluster'} {clusters.replace(',', ', ')}"
+        what = "what a MoCLE adapter computes for the instructions of the clusters that the title names"
     loading = 'PeftModel.from_pretrained(base_model, "<this folder>")'
     return ModelCard(
         f"""---
