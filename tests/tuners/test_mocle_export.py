@@ -265,7 +265,11 @@ def test_other_adapters_are_not_overwritten(tmp_path):
     get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "model.safetensors").write_text("")
-    for folder, found in (("mocle", "adapter_config.json"), ("lora", "adapter_config.json"), ("full", "model.safetensors")):
+    for folder, found in (
+        ("mocle", "adapter_config.json"),
+        ("lora", "adapter_config.json"),
+        ("full", "model.safetensors"),
+    ):
         before = {path: path.read_bytes() for path in (tmp_path / folder).iterdir()}
         with pytest.raises(ValueError, match=f"holds .*{found}.*which no export has written"):
             export_cluster_lora(model, 0, tmp_path / folder)

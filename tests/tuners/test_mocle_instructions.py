@@ -70,8 +70,7 @@ PHI_3 = (
 )
 THINKING = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nToday is {{ strftime_now('%d %b %Y') }}.<|im_end|>\n"
-    "{% endif %}"
-    + CHATML.replace("assistant\n{% endif", "assistant\n<think>\n\n</think>\n\n{% endif")
+    "{% endif %}" + CHATML.replace("assistant\n{% endif", "assistant\n<think>\n\n</think>\n\n{% endif")
 )
 TEMPLATES = {
     "chatml": (CHATML, ["<|im_start|>", "<|im_end|>"]),
@@ -335,7 +334,9 @@ class TestPromptsOfChatTemplates:
         assert PromptReader(tokenizer).read(**encoded(tokenizer, [[SECOND]])) == ["And how many?"]
 
     def test_a_template_that_knows_no_generation_prompt_is_split_where_answers_begin(self):
-        template = "{% for message in messages %}{{ message['role'] + ': ' + message['content'] | trim + '\n' }}{% endfor %}"
+        template = (
+            "{% for message in messages %}{{ message['role'] + ': ' + message['content'] | trim + '\n' }}{% endfor %}"
+        )
         tokenizer = byte_tokenizer(template)
         batch = encoded(tokenizer, [[SECOND], [SECOND, ANSWER, FIRST]])
         assert PromptReader(tokenizer).read(**batch) == ["And how many?"] * 2

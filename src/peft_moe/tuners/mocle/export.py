@@ -1,5 +1,5 @@
-"""MoCLE as ordinary LoRA: one adapter for a cluster, or one for each different mixture of experts with a table that says
-which cluster needs which, and `ClusterAdapterRouter`, which picks the adapter of a text by that table."""
+"""MoCLE as ordinary LoRA: one adapter for a cluster, or one for each different mixture of experts with a table that
+says which cluster needs which, and `ClusterAdapterRouter`, which picks the adapter of a text by that table."""
 
 from __future__ import annotations
 
@@ -72,7 +72,8 @@ class ClusterAdapterRouter:
     def __init__(self, clusterer: InstructionClusterer, adapters: Sequence[str]) -> None:
         if len(adapters) != clusterer.num_clusters:
             raise ValueError(
-                f"There are {clusterer.num_clusters} clusters, but {len(adapters)} adapters were named. Name one per cluster."
+                f"There are {clusterer.num_clusters} clusters, but {len(adapters)} adapters were named. Name one per "
+                "cluster."
             )
         self.clusterer = clusterer
         self.adapters = tuple(adapters)
@@ -88,11 +89,12 @@ class ClusterAdapterRouter:
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
     ) -> ClusterAdapterRouter:
-        """The router of an export in a folder or on the Hub; only `clusters.json` is read, and the encoder when needed.
+        """The router of an export in a folder or on the Hub, of which only `clusters.json` is read.
 
         Args:
             pretrained_model_name_or_path (`str` or `Path`): what [`export_all`] wrote: a folder, or an id on the Hub.
-            encoder (`str`, `Path` or `SentenceEncoder`, *optional*): where to find the encoder instead, e.g. a local copy.
+            encoder (`str`, `Path` or `SentenceEncoder`, *optional*): where to find the encoder instead, e.g. a local
+            copy.
             revision, token, cache_dir, local_files_only: as everywhere on the Hub.
 
         Raises:
@@ -117,7 +119,9 @@ class ClusterAdapterRouter:
             )
         centroids = torch.tensor(table["centroids"], dtype=torch.float32)
         if checksum(centroids) != table["centroids_sha256"] or len(table["adapters"]) != len(centroids):
-            raise damaged(name, TABLE_FILE, "the centroids are not those that were written, or some adapters are missing")
+            raise damaged(
+                name, TABLE_FILE, "the centroids are not those that were written, or some adapters are missing"
+            )
         clusterer = InstructionClusterer(
             centroids,
             encoder=encoder,
@@ -145,32 +149,34 @@ class ClusterAdapterRouter:
 def export_cluster_lora(
     model: nn.Module, cluster: int | None, path: str | Path, *, adapter_name: str | None = None
 ) -> Path:
-    """Write what a MoCLE adapter does for one cluster as an ordinary LoRA adapter, which PEFT loads without this package.
+    """Write what a MoCLE adapter does for one cluster as a LoRA adapter, which PEFT loads without this package.
 
-    With the cluster fixed a linear computes `W x + s Σ_k w_k B_k A_k x` with constant weights, which is one LoRA: its A is
-    the A_k stacked, its B is the `s w_k B_k` side by side. So its rank is `(top_k + 1) · r` (`top_k · r` without universal
-    expert) and its scaling, `lora_alpha / r`, is 1 in every linear. Experts of weight 0 keep their place.
+    With the cluster fixed a linear computes `W x + s Σ_k w_k B_k A_k x` with constant weights, which is one LoRA: its
+    A is the A_k stacked, its B is the `s w_k B_k` side by side. So its rank is `(top_k + 1) · r` (`top_k · r` without
+    universal expert) and its scaling, `lora_alpha / r`, is 1 in every linear. Experts of weight 0 keep their place.
 
-    The products `s w_k B_k` are computed in float64 and rounded once: to float32, or to the dtype of the experts where that
-    is bfloat16 or float16. In float32 the outputs then agree with MoCLE up to the order of summation; in half precision
-    also up to the rounding of B, a relative error of 2⁻⁹ (bfloat16) or 2⁻¹² (float16) per entry. The gates are evaluated as
-    in eval mode, without noise, whatever mode the model is in.
+    The products `s w_k B_k` are computed in float64 and rounded once: to float32, or to the dtype of the experts where
+    that is bfloat16 or float16. In float32 the outputs then agree with MoCLE up to the order of summation; in half
+    precision also up to the rounding of B, a relative error of 2⁻⁹ (bfloat16) or 2⁻¹² (float16) per entry. The gates
+    are evaluated as in eval mode, without noise, whatever mode the model is in.
 
     Args:
-        model (`nn.Module`): a `PeftModel`, or a model that was adapted by `add_adapter` or `load_adapter` of transformers.
+        model (`nn.Module`): a `PeftModel`, or a model that was adapted by `add_adapter` or `load_adapter` of
+        transformers.
         cluster (`int` or `None`): which cluster; `None`: the universal expert alone, with weight 1.
         path (`str` or `Path`):
-            The folder to write, made if it is not there. An earlier export is replaced; other files in its folder stay.
+            The folder to write, made if it is not there. An earlier export is replaced; other files in its folder
+            stay.
         adapter_name (`str`, *optional*): which adapter; by default the active one.
 
     Returns:
-        `Path`: the folder, with `adapter_config.json`, `adapter_model.safetensors` and `README.md`. The configuration is
-        written last, so that a folder without it is no whole adapter.
+        `Path`: the folder, with `adapter_config.json`, `adapter_model.safetensors` and `README.md`. The configuration
+        is written last, so that a folder without it is no whole adapter.
 
     Raises:
         TypeError: `cluster` is no whole number.
-        ValueError: there is no such cluster, no universal expert, no such MoCLE adapter, the weights are not whole in this
-            process, or `path` is a file or holds something else than an export.
+        ValueError: there is no such cluster, no universal expert, no such MoCLE adapter, the weights are not whole in
+            this process, or `path` is a file or holds something else than an export.
 
     Example:
 
@@ -194,13 +200,13 @@ def export_all(model: nn.Module, path: str | Path, *, adapter_name: str | None =
     """Write an ordinary LoRA adapter for every different mixture of experts, and the table from clusters to adapters.
 
     Clusters whose experts and weights are equal in all linears share one adapter, `cluster_<the lowest of their ids>`.
-    `clusters.json` is what [`ClusterAdapterRouter`] reads; it is written last, and with the centroids if the adapter has
-    them. A server needs only the adapters.
+    `clusters.json` is what [`ClusterAdapterRouter`] reads; it is written last, and with the centroids if the adapter
+    has them. A server needs only the adapters.
 
     Args:
         model (`nn.Module`), adapter_name (`str`, *optional*): see [`export_cluster_lora`].
         path (`str` or `Path`):
-            The folder to write into, made if it is not there. An earlier export in it is replaced, nothing else touched.
+            The folder to write into, made if it is not there. Only an earlier export in it is replaced.
 
     Returns:
         `list[Path]`: the folders of the adapters, in the order of their clusters.
@@ -392,7 +398,8 @@ def _active_adapter(layers: dict[str, MoCLELayer], present: list[str]) -> str:
     active = {name for layer in layers.values() for name in layer.active_adapters if name in layer.mocle_A}
     if len(active) != 1:
         raise ValueError(
-            f"{len(active)} of the MoCLE adapters {present} are active. Say which one to export: adapter_name={present[0]!r}."
+            f"{len(active)} of the MoCLE adapters {present} are active. Say which one to export: "
+            f"adapter_name={present[0]!r}."
         )
     return active.pop()
 
@@ -449,8 +456,8 @@ def _is_export(folder: Path) -> bool:
 
 
 def _write_adapter(folder: Path, adapter: _Adapter, mixtures: dict[str, Mixture], clusters: str) -> None:
-    """Write beside the old files and then replace them one by one, the configuration removed first and put in last: without
-    it nothing takes the folder for an adapter."""
+    """Write beside the old files and then replace them one by one, the configuration removed first and put in last:
+    without it nothing takes the folder for an adapter."""
     from safetensors.torch import save_file
 
     config = adapter.lora_config(mixtures)
@@ -496,8 +503,8 @@ def _card(adapter: _Adapter, config: LoraConfig, clusters: str) -> ModelCard:
 # {title} of a MoCLE adapter, as ordinary LoRA
 
 This adapter is {what}, folded into one
-LoRA of rank {config.r} with `lora_alpha / r = 1`. No approximation is made; values are rounded once, to the dtype of the
-file. Base model: {f"`{base}`" if base else "not recorded"}.
+LoRA of rank {config.r} with `lora_alpha / r = 1`. No approximation is made; values are rounded once, to the dtype of
+the file. Base model: {f"`{base}`" if base else "not recorded"}.
 
 PEFT loads it, and any server that takes LoRA adapters; `peft_moe` is not needed:
 
