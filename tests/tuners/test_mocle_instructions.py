@@ -49,7 +49,8 @@ VICUNA = (
 )
 GEMMA = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-    "{% for message in messages %}<start_of_turn>{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n"
+    "{% for message in messages %}"
+    "<start_of_turn>{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n"
     "{{ message['content'] | trim }}<end_of_turn>\n{% endfor %}"
     "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
@@ -329,7 +330,10 @@ class TestPromptsOfChatTemplates:
             PromptReader(byte_tokenizer("{{ raise_exception('no') }}"))
 
     def test_a_template_with_one_turn_only_is_enough(self):
-        template = "{% if messages | length > 1 %}{{ raise_exception('one turn') }}{% endif %}Q: {{ messages[0]['content'] }}\nA:"
+        template = (
+            "{% if messages | length > 1 %}{{ raise_exception('one turn') }}{% endif %}"
+            "Q: {{ messages[0]['content'] }}\nA:"
+        )
         tokenizer = byte_tokenizer(template)
         assert PromptReader(tokenizer).read(**encoded(tokenizer, [[SECOND]])) == ["And how many?"]
 
