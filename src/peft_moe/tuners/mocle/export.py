@@ -99,7 +99,7 @@ class ClusterAdapterRouter:
 
         Raises:
             ValueError: the export holds no centroids, is damaged, or was written in a newer format.
-            OSError: there is no such folder and nothing to be had from the Hub.
+            OSError: there is no such folder, and the Hub does not give the file.
         """
         name = str(pretrained_model_name_or_path)
         options = {
