@@ -1,4 +1,4 @@
-"""MoeLlava as a model of transformers: implementations, checkpoints, generation, losses, checkpointing, Auto classes."""
+"""MoeLlava as a model of transformers: implementations, checkpoints, generation, losses, Auto classes."""
 
 from __future__ import annotations
 

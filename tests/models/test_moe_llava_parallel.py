@@ -42,8 +42,8 @@ report = {}
 with torch.no_grad():
     report["logits"] = float((split(**batch).logits - whole(**batch).logits).abs().max())
 experts = split.model.language_model.layers[0].mlp.experts
-report["shapes"] = {name: list(getattr(p, "to_local", lambda p=p: p)().shape) for name, p in experts.named_parameters()}
-for model in (split, whole):
+report["shapes"] = {name: list(getattr(p, "to_local", lambda p=p: p)().shape) for name, p in
+experts.named_parameters()} for model in (split, whole):
     model.train()(**batch, labels=labels_of(batch), use_cache=False).loss.backward()
 expected = dict(whole.named_parameters())
 report["gradients"] = {}

@@ -1,4 +1,4 @@
-"""A training that is killed while it saves is taken up from the newest whole checkpoint, and ends with equal weights."""
+"""A training that is killed while it saves resumes from the newest whole checkpoint and ends with equal weights."""
 
 from __future__ import annotations
 
