@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from models.tiny_llava import image_batch, labels_of, llava_fields, tiny_llava
+from peft_moe import aux_loss
 from peft_moe.models import MoeLlavaConfig, MoeLlavaForConditionalGeneration
 from peft_moe.models.moe_llava.routing import (
     MoeLlavaTopKRouter,
@@ -18,6 +19,8 @@ from peft_moe.models.moe_llava.routing import (
     router_z_loss,
     within_capacity,
 )
+from peft_moe.routing import TopKRouter
+from peft_moe.routing_recorder import routing_statistics
 
 
 def router_of(hidden_size: int = 8, num_experts: int = 4, **fields) -> MoeLlavaTopKRouter:
@@ -233,6 +236,35 @@ def test_padding_does_not_change_the_losses(loss_type):
     torch.testing.assert_close(found.aux_loss, expected.aux_loss, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found.z_loss, expected.z_loss, rtol=1e-5, atol=1e-6)
     assert len(found.router_logits[0]) > len(expected.router_logits[0])
+
+
+# a saved model carries its own code, which may not import that of the tuners: what stands twice has to be equal
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "padded"])
+def test_losses_equal_those_of_the_tuners(masked):
+    logits = [torch.randn(12, 4) for _ in range(3)]
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]]) if masked else None
+    statistics = [routing_statistics(layer, layer.topk(2).indices, mask) for layer in logits]
+    for loss_type in ("switch", "pooled"):
+        found = load_balancing_loss(logits, top_k=2, loss_type=loss_type, token_mask=mask)
+        torch.testing.assert_close(found, aux_loss.load_balancing_loss(statistics, loss_type=loss_type))
+    torch.testing.assert_close(router_z_loss(logits, token_mask=mask), aux_loss.router_z_loss(statistics))
+
+
+@pytest.mark.parametrize(
+    ("top_k", "norm_topk_prob", "gate_scale"),
+    [(1, True, "straight_through"), (2, True, "prob"), (1, False, "prob"), (2, False, "prob")],
+)
+def test_router_equals_that_of_the_tuners(top_k, norm_topk_prob, gate_scale):
+    router = router_of(num_experts_per_tok=top_k, norm_topk_prob=norm_topk_prob)
+    other = TopKRouter(8, 4, top_k=top_k, bias=False, gate_scale=gate_scale, normalize_top_k=norm_topk_prob)
+    other.load_state_dict(router.state_dict())
+    tokens = torch.randn(6, 8)
+    logits, weights, index = router(tokens)
+    expected = other(tokens)
+    assert torch.equal(logits, expected.router_logits) and torch.equal(index, expected.top_k_index)
+    torch.testing.assert_close(weights, expected.top_k_weights)
+    (found,) = torch.autograd.grad(weights.square().sum(), router.weight)
+    torch.testing.assert_close(found, torch.autograd.grad(expected.top_k_weights.square().sum(), other.weight)[0])
 
 
 def test_z_loss_is_the_mean_square_of_logsumexp():
