@@ -208,7 +208,7 @@ def test_sft_gives_the_auxiliary_loss_of_each_micro_batch_its_share(tmp_path, me
 
 
 @pytest.mark.parametrize("name", ["DPO", "GRPO"])
-@pytest.mark.parametrize("method", ["mole", "moextend"])
+@pytest.mark.parametrize("method", [pytest.param("mole", marks=pytest.mark.exhaustive), "moextend"])
 def test_preferences_move_an_adapter_and_its_balance_but_not_the_reference(tmp_path, name, method):
     found = []
     for coef in (COEF, 0.0):

@@ -7,6 +7,7 @@ a seed.
 
 from __future__ import annotations
 
+import shutil
 import sys
 import tempfile
 import warnings
@@ -155,115 +156,86 @@ def clusterer() -> InstructionClusterer:
 LORA = {"r": 2, "kernel_backend": "eager", "task_type": "CAUSAL_LM"}
 MOCLE = {**LORA, "num_clusters": 5, "cluster_embedding_dim": 4, "num_experts": 3}
 EXTEND = {"copy_sources": {0: 2, 1: 1}, "task_type": "CAUSAL_LM"}
-DRAWN = {"cluster_embedding_init": "normal"}
 
-# name → (base, input, what makes the configuration)
-Adapter = tuple[str, Callable[[], dict[str, torch.Tensor]], Callable[[], Any]]
-ADAPTERS: dict[str, Adapter] = {
-    "mole": ("llama", tokens, lambda: MoLEConfig(**LORA)),
-    "mole_paper": ("llama", tokens, lambda: MoLEConfig.paper(**LORA)),
-    "mole_released_code": ("llama", tokens, lambda: MoLEConfig.released_code(**LORA)),
-    "mole_module_scope": ("llama", tokens, lambda: MoLEConfig(**LORA, router_scope="module", gate_scale="none")),
-    "mole_no_bias_no_attention": (
-        "llama",
-        tokens,
-        lambda: MoLEConfig(**LORA, router_bias=False, lora_target_modules=None, normalize_top_k=False),
-    ),
-    "mole_one_expert": ("llama", tokens, lambda: MoLEConfig(**LORA, num_experts=1, top_k=1)),
-    "mole_patterns": (
-        "llama",
-        tokens,
-        lambda: MoLEConfig(
+# base → name → what makes the configuration
+ADAPTERS: dict[str, dict[str, Callable[[], Any]]] = {
+    "llama": {
+        "mole": lambda: MoLEConfig(**LORA),
+        "mole_paper": lambda: MoLEConfig.paper(**LORA),
+        "mole_released_code": lambda: MoLEConfig.released_code(**LORA),
+        "mole_module_scope": lambda: MoLEConfig(**LORA, router_scope="module", gate_scale="none"),
+        "mole_no_bias_no_attention": lambda: MoLEConfig(
+            **LORA, router_bias=False, lora_target_modules=None, normalize_top_k=False
+        ),
+        "mole_one_expert": lambda: MoLEConfig(**LORA, num_experts=1, top_k=1),
+        "mole_patterns": lambda: MoLEConfig(
             **LORA,
             num_experts_pattern={"layers.0.mlp": 4},
             rank_pattern={"down_proj": 3},
             alpha_pattern={"up_proj": 5},
             use_rslora=True,
         ),
-    ),
-    "mole_named_targets": (
-        "llama",
-        tokens,
-        lambda: MoLEConfig(
+        "mole_named_targets": lambda: MoLEConfig(
             **LORA, target_modules=["up_proj", "down_proj"], layers_to_transform=[1], modules_to_save=["lm_head"]
         ),
-    ),
-    "mole_soft_q_proj": ("llama", tokens, lambda: MoLEConfig(**LORA, target_modules=["q_proj"], soft=True)),
-    "mocle": ("llama", clustered_tokens, lambda: MoCLEConfig(**MOCLE)),
-    "mocle_centroids": (
-        "llama",
-        clustered_tokens,
-        lambda: MoCLEConfig.from_clusterer(clusterer(), **LORA, num_experts=3),
-    ),
-    "mocle_released_code": ("llama", clustered_tokens, lambda: MoCLEConfig.released_code(**MOCLE)),
-    "mocle_layer_embeddings": (
-        "llama",
-        clustered_tokens,
-        lambda: MoCLEConfig(**MOCLE, **DRAWN, cluster_embedding_scope="layer"),
-    ),
-    "mocle_module_gates": (
-        "llama",
-        clustered_tokens,
-        lambda: MoCLEConfig(**MOCLE, gate_scope="module", gate_bias=True),
-    ),
-    "mocle_no_universal_expert": (
-        "llama",
-        clustered_tokens,
-        lambda: MoCLEConfig(**MOCLE, universal_expert=False),
-    ),
-    "mocle_top_2": (
-        "llama",
-        clustered_tokens,
-        lambda: MoCLEConfig(**MOCLE, top_k=2, temperature=1.0, rank_pattern={"down_proj": 3}),
-    ),
-    "mocle_fallback": ("llama", tokens, lambda: MoCLEConfig(**MOCLE, fallback="universal")),
-    "moextend": ("mixtral", tokens, lambda: MoExtendConfig(**EXTEND)),
-    "moextend_low_rank": ("mixtral", tokens, lambda: MoExtendConfig(**EXTEND, expert_type="lora", r=2)),
-    "moextend_paper_calibration": (
-        "mixtral",
-        tokens,
-        lambda: MoExtendConfig(
+        "mole_soft_q_proj": lambda: MoLEConfig(**LORA, target_modules=["q_proj"], soft=True),
+        "mocle": lambda: MoCLEConfig(**MOCLE),
+        "mocle_centroids": lambda: MoCLEConfig.from_clusterer(clusterer(), **LORA, num_experts=3),
+        "mocle_released_code": lambda: MoCLEConfig.released_code(**MOCLE),
+        "mocle_layer_embeddings": lambda: MoCLEConfig(
+            **MOCLE, cluster_embedding_scope="layer", cluster_embedding_init="normal"
+        ),
+        "mocle_module_gates": lambda: MoCLEConfig(**MOCLE, gate_scope="module", gate_bias=True),
+        "mocle_no_universal_expert": lambda: MoCLEConfig(**MOCLE, universal_expert=False),
+        "mocle_top_2": lambda: MoCLEConfig(**MOCLE, top_k=2, temperature=1.0, rank_pattern={"down_proj": 3}),
+        "mocle_fallback": lambda: MoCLEConfig(**MOCLE, fallback="universal"),
+    },
+    "mixtral": {
+        "moextend": lambda: MoExtendConfig(**EXTEND),
+        "moextend_low_rank": lambda: MoExtendConfig(**EXTEND, expert_type="lora", r=2),
+        "moextend_paper_calibration": lambda: MoExtendConfig(
             layers=[0], copy_sources={0: 2}, calibration="paper", calibration_dim=4, task_type="CAUSAL_LM"
         ),
-    ),
-    "moextend_released_calibration": (
-        "mixtral",
-        tokens,
-        lambda: MoExtendConfig(**EXTEND, calibration="released_code", calibration_dim=4),
-    ),
-    "moextend_guarded": (
-        "mixtral",
-        tokens,
-        lambda: MoExtendConfig(**EXTEND, init="copy_guarded", expert_type="lora", r=2, calibration="paper"),
-    ),
-    "moextend_counts": (
-        "mixtral",
-        tokens,
-        lambda: MoExtendConfig(
+        "moextend_released_calibration": lambda: MoExtendConfig(
+            **EXTEND, calibration="released_code", calibration_dim=4
+        ),
+        "moextend_guarded": lambda: MoExtendConfig(
+            **EXTEND, init="copy_guarded", expert_type="lora", r=2, calibration="paper"
+        ),
+        "moextend_counts": lambda: MoExtendConfig(
             num_new_experts={0: 2, 1: 1}, copy_sources={0: [1, 3], 1: 0}, init="zero_gate", task_type="CAUSAL_LM"
         ),
-    ),
-    "moextend_qwen2_moe": ("qwen2_moe", tokens, lambda: MoExtendConfig(**EXTEND)),
-    "moextend_gpt_oss": ("gpt_oss", tokens, lambda: MoExtendConfig(**EXTEND)),
-    "moextend_gpt_oss_low_rank": ("gpt_oss", tokens, lambda: MoExtendConfig(**EXTEND, expert_type="lora", r=2)),
-    "moextend_deepseek_v3": (
-        "deepseek_v3",
-        tokens,
-        lambda: MoExtendConfig(copy_sources={1: 3}, init="copy_guarded", layers=[1], task_type="CAUSAL_LM"),
-    ),
-    "moextend_moe_llava": ("moe_llava", image_and_tokens, lambda: MoExtendConfig(**EXTEND)),
+    },
+    "qwen2_moe": {"moextend_qwen2_moe": lambda: MoExtendConfig(**EXTEND)},
+    "gpt_oss": {
+        "moextend_gpt_oss": lambda: MoExtendConfig(**EXTEND),
+        "moextend_gpt_oss_low_rank": lambda: MoExtendConfig(**EXTEND, expert_type="lora", r=2),
+    },
+    "deepseek_v3": {
+        "moextend_deepseek_v3": lambda: MoExtendConfig(
+            copy_sources={1: 3}, init="copy_guarded", layers=[1], task_type="CAUSAL_LM"
+        )
+    },
+    "moe_llava": {"moextend_moe_llava": lambda: MoExtendConfig(**EXTEND)},
 }
+BASE_OF = {name: base for base, adapters in ADAPTERS.items() for name in adapters}
 MODELS: dict[str, dict[str, Any]] = {
     "moe_llava": {},
     "moe_llava_counts": {"num_experts": [3, 2], "moe_layers": "all"},
     "moe_llava_residual": {"use_residual": True, "moe_layers": [1], "num_experts": 2, "norm_topk_prob": False},
-    "moe_llava_released_code": MoeLlavaConfig.released_code(**llava_fields()).to_diff_dict(),
+    "moe_llava_released_code": {
+        "router_drop": "position",
+        "router_second_expert": "gumbel",
+        "router_aux_loss_type": "moe_llava",
+    },
 }
-MODELS["moe_llava_released_code"] = {
-    name: value
-    for name, value in MODELS["moe_llava_released_code"].items()
-    if name.startswith(("router_", "norm_topk")) and name != "router_aux_loss_coef"
-}
+
+
+def inputs_of(name: str) -> dict[str, torch.Tensor]:
+    """What a model is given."""
+    if name in MODELS or BASE_OF[name] == "moe_llava":
+        return image_and_tokens()
+    return clustered_tokens() if name.startswith("mocle") and name != "mocle_fallback" else tokens()
 
 
 def logits_of(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -274,38 +246,35 @@ def logits_of(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor
 
 def load(name: str) -> nn.Module:
     """What lies in `saved/`, on a base that is made again."""
-    if name in ADAPTERS:
-        return PeftModel.from_pretrained(make_base(ADAPTERS[name][0]), SAVED / name).eval()
+    if name in BASE_OF:
+        return PeftModel.from_pretrained(make_base(BASE_OF[name]), SAVED / name).eval()
     settings = {"attn_implementation": "eager", "experts_implementation": "eager"}
     return MoeLlavaForConditionalGeneration.from_pretrained(SAVED / name, **settings).eval()
 
 
 def make(name: str) -> None:
     """Write one folder."""
-    folder = SAVED / name
-    if name in ADAPTERS:
-        base, inputs, config = ADAPTERS[name]
-        model = get_peft_model(make_base(base), config())
-        expected = {
-            "base_logits": logits_of(make_base(base), {k: v for k, v in inputs().items() if k != "cluster_ids"})
-        }
-        inputs = inputs()
+    inputs, expected = inputs_of(name), {}
+    if name in BASE_OF:
+        base = make_base(BASE_OF[name])
+        expected["base_logits"] = logits_of(base, {k: v for k, v in inputs.items() if k != "cluster_ids"})
+        model = get_peft_model(base, ADAPTERS[BASE_OF[name]][name]())
     else:
-        model, inputs, expected = moe_llava(**MODELS[name]), image_and_tokens(), {}
+        model = moe_llava(**MODELS[name])
     with tempfile.TemporaryDirectory() as made:
         filled(model, name).save_pretrained(made)
-        folder.mkdir(parents=True)
-        for file in Path(made).iterdir():
-            if file.name in KEPT:
-                (folder / file.name).write_bytes(file.read_bytes())
+        (SAVED / name).mkdir(parents=True)
+        for file in KEPT:
+            if Path(made, file).exists():
+                shutil.copy(Path(made, file), SAVED / name)
     expected["logits"] = logits_of(load(name), inputs)
-    save_file({**inputs, **expected}, folder / "expected.safetensors")
+    save_file({**inputs, **expected}, SAVED / name / "expected.safetensors")
 
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    for name in sys.argv[1:] or [*ADAPTERS, *MODELS]:
+    for name in sys.argv[1:] or [*BASE_OF, *MODELS]:
         if not (SAVED / name).exists():
             make(name)
     if not (SAVED / "clusterer").exists():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from make_saved import ADAPTERS, MODELS, SAVED, clusterer, load, logits_of, make_base
+from make_saved import BASE_OF, MODELS, SAVED, clusterer, load, logits_of, make_base
 from safetensors.torch import load_file
 
 from peft_moe import InstructionClusterer
@@ -13,7 +13,7 @@ from tiny_moe import FAMILIES
 
 # families that the installed transformers does not have in a form that can be extended are left out
 BASES = {"llama", "moe_llava", *(family.name for family in FAMILIES)}
-NAMES = [*(name for name, (base, _, _) in ADAPTERS.items() if base in BASES), *MODELS]
+NAMES = [*(name for name, base in BASE_OF.items() if base in BASES), *MODELS]
 
 
 def expected_of(name: str) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor | None]:
@@ -29,7 +29,7 @@ def has_the_same_bits() -> bool:
     found = []
     for name in ("mole", "moextend", "moextend_qwen2_moe", "moextend_moe_llava"):
         inputs, _, base_logits = expected_of(name)
-        bare = logits_of(make_base(ADAPTERS[name][0]), inputs)
+        bare = logits_of(make_base(BASE_OF[name]), inputs)
         torch.testing.assert_close(bare, base_logits)
         found.append(torch.equal(bare, base_logits))
     return all(found)
