@@ -18,15 +18,9 @@ PACKAGE = Path(peft_moe.__file__).parent
 HEAVY = ["triton", "sklearn", "datasets", "matplotlib", "sentence_transformers", "evaluate", "trl", "bitsandbytes"]
 
 # lower floors know nothing of higher ones; parts on the same floor do not know each other
-LADDER = [
-    ["_version", "versions", "routing", "kernels", "sequence_state"],
-    ["forward_context"],
-    ["routing_recorder"],
-    ["aux_loss", "foreign_moe"],
-    ["tuners", "models"],
-    ["monitoring", "metrics", "optimization", "env_report"],
-    ["checkpoints"],
-]
+CONCEPTS = Path(__file__).parents[1] / "docs/concepts.md"
+DRAWN = CONCEPTS.read_text().split("## Who may import whom")[1].split("```")[1]
+LADDER = [line.split() for line in reversed(DRAWN.strip().splitlines())]
 FLOOR = {part: floor for floor, parts in enumerate(LADDER) for part in parts}
 
 SCRIPT = f"""
@@ -97,6 +91,15 @@ def test_imports_point_down_the_ladder(path):
     for part in sorted(imports_of(path) - {own}):
         assert part in FLOOR, f"{path.name} imports {part}, which has no place on the ladder"
         assert FLOOR[part] < FLOOR[own], f"{path.relative_to(PACKAGE)} imports {part}, which stands above or beside it"
+
+
+def test_no_method_of_tuners_knows_another():
+    methods = {path.name for path in (PACKAGE / "tuners").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    for method in methods:
+        for path in (PACKAGE / "tuners" / method).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ImportFrom) and node.level == 2:
+                    assert (node.module or "").split(".")[0] not in methods - {method}, path
 
 
 def test_kernel_backends_do_not_know_routers_or_recording():
