@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers.models.auto import modeling_auto, processing_auto
 
-from upstream import pipelines, stand_ins
+from upstream import stand_ins
 from upstream.generation import GenerationTesterMixin
 from upstream.tester import TESTERS
 
@@ -52,7 +52,6 @@ def case_of(suite: str, model: str) -> type[unittest.TestCase]:
     members = {
         "model": model,
         "all_model_classes": (tester.base_model_class, tester.conditional_generation_class),
-        "pipeline_model_mapping": pipelines.model_mapping(model),
         **MEMBERS.get(suite, dict)(),
     }
     return type(f"{model}_{suite}", (*BASES[suite](), _Case), members)
@@ -77,16 +76,6 @@ def _configuration() -> tuple[type, ...]:
 
     names = [name for name in dir(config_tester) if name.startswith(("create_and_test_", "check_"))]
     return (type("ConfigTests", (), {f"test_{name}": test_of(name) for name in names}),)
-
-
-def _pipelines() -> tuple[type, ...]:
-    mixin = shared("test_pipeline_mixin")
-    for task, tests in pipelines.TASKS.items():
-        mixin.pipeline_test_mapping[task] = {"test": f"{tests.__module__}.{tests.__name__}"}
-    folder, summary = pipelines.tiny_checkpoints()
-    mixin.TRANSFORMERS_TINY_MODEL_PATH = str(folder)
-    mixin.tiny_model_summary = summary
-    return (mixin.PipelineTesterMixin,)
 
 
 def _training() -> tuple[type, ...]:
@@ -160,7 +149,6 @@ BASES = {
     "modeling": _modeling,
     "configuration": _configuration,
     "generation": lambda: (GenerationTesterMixin,),
-    "pipelines": _pipelines,
     "training": _training,
     "tensor_parallel": _tensor_parallel,
     "expert_parallel": _expert_parallel,

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import multiprocessing
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -45,30 +43,12 @@ class ExportTesterMixin:
     """No tests."""
 
 
-@functools.cache
-def _scratch() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory(prefix="upstream-")
-
-
-def scratch_folder() -> Path:
-    """A folder of this process, removed at its end."""
-    return Path(_scratch().name)
-
-
-def empty_tiny_model_folder() -> Path:
-    """A folder of tiny models as the tests of pipelines look for, with no model in it yet."""
-    report = scratch_folder() / "tiny_models" / "reports" / "tiny_model_summary.json"
-    report.parent.mkdir(parents=True, exist_ok=True)
-    report.write_text(json.dumps({}))
-    return report.parent.parent
-
-
 def run_distributed(world_size: int) -> Callable[[Callable], Callable]:
     """Decorator: run `function(rank, *args)` in `world_size` processes of a gloo group; raise what they raise."""
 
     def decorate(function: Callable) -> Callable:
         def run(*args: Any) -> None:
-            with tempfile.TemporaryDirectory(dir=scratch_folder()) as folder:
+            with tempfile.TemporaryDirectory(prefix="upstream-") as folder:
                 _start_rank_processes(
                     _in_group, args=(function, args, world_size, f"{folder}/rendezvous"), nprocs=world_size
                 )

@@ -45,4 +45,3 @@ for _name in (
 
 # the shared tests would load a second transformers from beside themselves, where the distribution has its sources
 mock.patch.object(transformers.utils, "direct_transformers_import", lambda *args, **kwargs: transformers).start()
-os.environ["TRANSFORMERS_TINY_MODEL_PATH"] = str(stand_ins.empty_tiny_model_folder())
