@@ -4,9 +4,10 @@
     python benchmarks/fit_auto_rule.py benchmarks/results/cuda_lora_experts.json
 
 The device of the file says which rows are fitted. Every third shape is held out. The thresholds that minimise the
-geometric mean of regret (time of the choice over time of the best backend of the cell) on the others are printed with the
-regret on both parts, and then as rows for `src/peft_moe/kernels/auto_rule.py`. They are written there by hand, so that a
-rule never changes without a review. Shapes that route whole sequences have a row of their own and are not fitted.
+geometric mean of regret (time of the choice over time of the best backend of the cell) on the others are printed with
+the regret on both parts, and then as rows for `src/peft_moe/kernels/auto_rule.py`. They are written there by hand, so
+that a rule never changes without a review. Shapes that route whole sequences have a row of their own and are not
+fitted.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ LADDER = [
     ["_version", "versions", "routing", "kernels", "sequence_state"],
     ["forward_context"],
     ["routing_recorder"],
-    ["aux_loss", "pretrained_moe"],
+    ["aux_loss", "foreign_moe"],
     ["tuners", "models"],
     ["monitoring", "metrics", "optimization", "env_report"],
     ["checkpoints"],

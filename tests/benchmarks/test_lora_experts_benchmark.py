@@ -1,4 +1,4 @@
-"""The benchmark of the kernels runs from end to end, also what it does on CUDA only, and times nothing that is wrong."""
+"""The benchmark of the kernels runs from end to end, also what is for CUDA only, and times nothing that is wrong."""
 
 from __future__ import annotations
 

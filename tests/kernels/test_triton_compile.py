@@ -49,7 +49,7 @@ ROWS = {"decode": 64, "train": 8192}
 
 
 def compiled(program, dtype, target, settings, others=None, **options):
-    """The program as it is launched on contiguous tensors whose widths are multiples of 16; `others` have other dtypes."""
+    """The program as it is launched on contiguous tensors, widths multiples of 16; `others` have other dtypes."""
     types = POINTERS | dict.fromkeys(DATA, TYPES[dtype]) | {"out": TYPES[dtype], "scaling": "fp32"}
     types |= dict.fromkeys((*INTEGERS, *WIDTHS, *(f"stride_{name}" for name in STRIDES)), "i32")
     if program.__name__.startswith("weight_gradient"):
@@ -138,7 +138,8 @@ def dense_specialisations(rank: int, dtype: torch.dtype):
     yield f"gradient_dense r{rank}", dense.weight_gradient_dense, settings, tiles, settings["BLOCK_C"] >= 64
 
 
-# experts, experts per token, activation, whether there is a gate, biases, a transposed layout; phi and gpt-oss have them
+# experts, experts per token, activation, whether there is a gate, biases, a transposed layout; phi and gpt-oss have
+# them
 MIXTURES = {
     "mixtral": (8, 2, "silu", True, False, False),
     "olmoe": (64, 8, "silu", True, False, False),

@@ -129,8 +129,8 @@ MODELS = {
     "llama4_text": (
         llama4,
         {},
-        r"layers.0.feed_forward.experts' \(Llama4TextExperts\) takes hidden_states instead of hidden_states, top_k_index and "
-        "top_k_weights, so that no token can be sent to new experts.",
+        r"layers.0.feed_forward.experts' \(Llama4TextExperts\) takes hidden_states instead of hidden_states, "
+        "top_k_index and top_k_weights, so that no token can be sent to new experts.",
     ),
     "jetmoe": (
         jetmoe,

@@ -9,9 +9,10 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from peft_moe.pretrained_moe import gate_weight_name
+from peft_moe.foreign_moe import gate_weight_name
 from peft_moe.tuners.moextend import MoExtendConfig
-from peft_moe.tuners.moextend.layer import MoExtendExperts, MoExtendRouter
+from peft_moe.tuners.moextend.experts import MoExtendExperts
+from peft_moe.tuners.moextend.router import MoExtendRouter
 from tiny_moe import BY_NAME, FAMILIES, NUM_EXPERTS, MoeFamily, moe_batch, tiny_moe_llava
 
 
@@ -90,7 +91,7 @@ def outputs_of(model: nn.Module, **inputs) -> list[tuple[torch.Tensor, ...]]:
 def scores_of(model: nn.Module) -> list[torch.Tensor]:
     """The logits `(T, E + N)` of each extended router for the batch, also where it returns probabilities of them."""
     routers = routers_of(model)
-    if not routers[0].is_probability:
+    if not routers[0].probe.is_probability:
         return [logits for logits, _, _ in outputs_of(model)]
     found = []
     for router in routers:
@@ -265,14 +266,19 @@ def test_gradients_of_experts_implementations_agree(name, expert_type):
 
 
 @every_family
-def test_router_logits_of_layers_with_different_numbers_do_not_crash(family):
+def test_router_logits_are_refused_by_the_head_and_returned_by_the_backbone(family):
     counts = {layer: 1 + position for position, layer in enumerate(family.moe_layers)}
     adapted = extend(family, num_new_experts=counts, router_aux_loss_coef=0.1)
-    plain = adapted(**moe_batch()).loss
-    asked = adapted(**moe_batch(), output_router_logits=True)
+    for config in (None, adapted.config.get_text_config()):
+        if config is not None:
+            config.output_router_logits = True
+        with pytest.raises(ValueError, match="was asked for router logits.*get_aux_loss.model.*backbone without the head"):
+            adapted(**moe_batch(), **({} if config is not None else {"output_router_logits": True}))
+    assert adapted(**moe_batch(), output_router_logits=False).loss.isfinite()
+    inputs = {name: tensor for name, tensor in moe_batch().items() if name != "labels"}
+    asked = adapted.base_model.model.base_model(**inputs, output_router_logits=True)
     widths = [logits.shape[-1] for logits in getattr(asked, "router_logits", None) or ()]
     assert widths in ([], [NUM_EXPERTS + count for count in counts.values()])
-    torch.testing.assert_close(asked.loss, plain)
     with adapted.disable_adapter(), torch.no_grad():
         base = adapted(**moe_batch(), output_router_logits=True)
     assert all(logits.shape[-1] == NUM_EXPERTS for logits in getattr(base, "router_logits", None) or ())

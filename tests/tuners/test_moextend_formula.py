@@ -1,4 +1,4 @@
-"""The extended block against the formulas of the paper, token by token; calibration, low-rank experts, balance loss."""
+"""The extended block against the formulas of the paper, by token; calibration, low-rank experts, balance loss."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ from test_moextend_families import (
 from torch import nn
 
 from peft_moe import get_aux_loss
-from peft_moe.tuners.moextend.calibration import measure_scoring
 from peft_moe.tuners.moextend.experts import full_weights
 from tiny_moe import FAMILIES, NUM_EXPERTS, moe_batch
 
@@ -95,8 +94,7 @@ def test_outputs_and_gradients_are_those_of_the_formula(form, expert_type):
 
 @every_family
 def test_how_a_router_weighs_is_measured(family):
-    router = routers_of(extend(family))[0]
-    scoring = measure_scoring(router.base_layer, router.block)
+    scoring = routers_of(extend(family))[0].probe.scoring
     expected = SCORING.get(family.name, (False, True))
     assert (None if scoring is None else (scoring.is_sigmoid, scoring.is_normalized)) == expected
     assert scoring is None or not scoring.is_single

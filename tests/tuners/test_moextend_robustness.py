@@ -24,10 +24,11 @@ from transformers import TrainingArguments
 
 from peft_moe import Extender, get_aux_loss
 from peft_moe.aux_loss import load_balancing_loss
-from peft_moe.pretrained_moe import find_moe_blocks
+from peft_moe.foreign_moe import find_moe_blocks
 from peft_moe.routing_recorder import statistics_of
 from peft_moe.tuners.base import check_finite
-from peft_moe.tuners.moextend.layer import MoExtendExperts, MoExtendLayer
+from peft_moe.tuners.moextend.experts import MoExtendExperts
+from peft_moe.tuners.moextend.layer import MoExtendLayer
 from tiny_moe import NUM_EXPERTS, MoeFamily, moe_batch
 
 
@@ -150,9 +151,10 @@ def test_adapters_that_act_together_are_balanced_once(coefs, order):
     model.add_adapter("other", config_for(MIXTRAL, router_aux_loss_coef=coefs[1]))
     model.base_model.set_adapter(order)
     model.train()
-    found = model(**moe_batch(), output_router_logits=True)
+    found = model(**moe_batch())
     aux_loss = get_aux_loss(model)
-    assert float(aux_loss.detach()) == pytest.approx(0.5 * float(found.aux_loss), rel=1e-5)
+    (records,) = statistics_of(model.base_model.recorder.context.latest).values()
+    assert float(aux_loss.detach()) == pytest.approx(0.5 * float(load_balancing_loss([*records.values()])), rel=1e-5)
     assert float(aux_loss.detach()) > 0.4
     gates = [router.moextend_gate[name].weight for router in routers_of(model) for name in order]
     expected = torch.autograd.grad(found.loss + aux_loss, gates)
@@ -166,28 +168,14 @@ def test_adapters_of_different_layers_are_both_balanced():
     other = {"layers": [1, 2], "copy_sources": {1: 0, 2: 3}, "router_aux_loss_coef": 0.5}
     model.add_adapter("other", config_for(MIXTRAL, **other))
     model.base_model.set_adapter(["default", "other"])
-    found = model.train()(**moe_batch(), output_router_logits=True)
+    model.base_model.recorder.listeners.append(lambda forward_pass: None)  # else a record without a loss is not made
+    model.train()(**moe_batch())
     records = statistics_of(model.base_model.recorder.context.latest)
     names = ["model.layers.0.mlp", "model.layers.1.mlp", "model.layers.2.mlp"]
     assert {name: sorted(entry) for name, entry in records.items()} == {"default": names[:1], "other": names[1:]}
     entries = [records["default"][names[0]], records["other"][names[1]], records["other"][names[2]]]
-    torch.testing.assert_close(found.aux_loss, load_balancing_loss(entries))
     expected = 0.5 * load_balancing_loss(entries[1:])
     torch.testing.assert_close(get_aux_loss(model).detach(), expected)
-
-
-def test_the_balance_loss_of_the_base_model_is_not_in_the_loss_which_is_said_once():
-    base = MIXTRAL.build(router_aux_loss_coef=1.0)
-    asked = {**moe_batch(), "output_router_logits": True}
-    task, whole = base(**moe_batch()).loss, base(**asked).loss
-    assert whole > task + 1
-    model = get_peft_model(base, config_for(MIXTRAL, init="copy_guarded")).train()
-    with pytest.warns(UserWarning, match="its own load-balancing loss .router_aux_loss_coef=1.0"):
-        found = model(**asked)
-    torch.testing.assert_close(found.loss, task, rtol=1e-5, atol=1e-5)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        model(**asked)
 
 
 def test_after_a_deletion_all_layers_have_the_same_active_adapter():
@@ -204,25 +192,6 @@ def test_after_a_deletion_all_layers_have_the_same_active_adapter():
     assert {n.split(".")[-2] for n, p in model.named_parameters() if p.requires_grad} == {"first"}
 
 
-def test_an_interruption_leaves_no_request_for_router_logits_behind():
-    model = extend(MIXTRAL, router_aux_loss_coef=0.1)
-    recorder = model.base_model.recorder
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    for _ in range(2):
-        handle = model.base_model.model.model.layers[1].register_forward_pre_hook(interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            model(**moe_batch(), output_router_logits=True)
-        handle.remove()
-    assert len(recorder.listeners) == 1
-    assert model(**moe_batch()).router_logits is None
-    assert not recorder.listeners
-    assert model(**moe_batch(), output_router_logits=True).aux_loss is not None
-    assert not recorder.listeners
-
-
 def test_an_offloaded_base_is_called_that():
     model = cpu_offload(MIXTRAL.build(), execution_device=torch.device("cpu"))
     with pytest.raises(ValueError, match="layers.0.mlp.gate' is offloaded to the CPU or a disk"):
@@ -233,7 +202,7 @@ def test_an_offloaded_base_is_called_that():
 def test_router_logits_around_lora_are_refused_and_all_else_works():
     inner = get_peft_model(MIXTRAL.build(), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     model = get_peft_model(inner, config_for(MIXTRAL, router_aux_loss_coef=0.1)).train()
-    with pytest.raises(ValueError, match="output_router_logits=True does not reach.*put around a PeftModel"):
+    with pytest.raises(ValueError, match="PeftModelForCausalLM was asked for router logits"):
         model(**moe_batch(), output_router_logits=True)
     model(**moe_batch()).loss.backward()
     assert all(router.moextend_gate["default"].weight.grad.any() for router in routers_of(model))

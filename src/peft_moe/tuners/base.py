@@ -1,4 +1,4 @@
-"""What the tuners share: injection around a recorder, checked loading, model cards, honest refusals."""
+"""What the tuners share: injection around a recorder, checked loading, honest refusals."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,38 +17,14 @@ from torch import nn
 from ..aux_loss import AuxLoss, AuxLossFunction, install_aux_loss, weighted_aux_loss
 from ..forward_context import remove_context
 from ..routing_recorder import RoutingRecorder, install_recorder
-from .card import complete_model_card
-
-
-CHECKPOINT_FORMAT = 1
-
-
-def raise_config_problems(config_name: str, problems: list[str]) -> None:
-    """Raise one `ValueError` that lists every problem of a configuration; do nothing if there is none."""
-    if problems:
-        raise ValueError(f"{config_name} cannot be used:\n" + "\n".join(f"  - {problem}" for problem in problems))
-
-
-def check_checkpoint_format(found: int, *, method: str) -> None:
-    """Refuse an adapter that a newer version of this package has written, or none at all."""
-    if not isinstance(found, int) or isinstance(found, bool) or found < 1:
-        raise ValueError(
-            f"checkpoint_format of a {method} adapter must be a whole number of at least 1, but is {found!r}. Leave it as "
-            "it was saved."
-        )
-    if found > CHECKPOINT_FORMAT:
-        raise ValueError(
-            f"This {method} adapter has checkpoint format {found}, but this version of peft_moe reads up to "
-            f"{CHECKPOINT_FORMAT}. It was written by a newer version: run `pip install --upgrade peft-moe`."
-        )
 
 
 def refuse_reentrant_checkpointing_under_ddp(recorder: RoutingRecorder, *, shares_parameters: bool = False) -> None:
     """Raise where DDP would fail in backward with a message about parameters that are ready twice.
 
-    Reentrant checkpointing runs the first forward of a block without gradients inside a pass that has them. DDP's search
-    for unused parameters then counts the parameters of each block several times; and each block has a backward of its
-    own, which makes a parameter that several blocks share ready several times.
+    Reentrant checkpointing runs the first forward of a block without gradients inside a pass that has them. DDP's
+    search for unused parameters then counts the parameters of each block several times; and each block has a backward
+    of its own, which makes a parameter that several blocks share ready several times.
 
     Args:
         recorder (`RoutingRecorder`): knows the running pass.
@@ -72,8 +48,8 @@ def refuse_reentrant_checkpointing_under_ddp(recorder: RoutingRecorder, *, share
         why = "with find_unused_parameters=True (what Trainer sets for a PeftModel)"
         instead = "ddp_find_unused_parameters=False"
     raise RuntimeError(
-        f"Reentrant gradient checkpointing does not work under DistributedDataParallel {why}: backward would fail. Use "
-        f'gradient_checkpointing_kwargs={{"use_reentrant": False}}, or {instead}.'
+        f"Reentrant gradient checkpointing does not work under DistributedDataParallel {why}: backward would fail. "
+        f'Use gradient_checkpointing_kwargs={{"use_reentrant": False}}, or {instead}.'
     )
 
 
@@ -88,7 +64,7 @@ def refuse_replica(layer: nn.Module) -> None:
 
 
 def check_finite(values: torch.Tensor, what: str) -> None:
-    """Stop where the model diverged, and not where an index made of NaN strikes; on a GPU without waiting for it.
+    """Stop where the model diverged, not later at an index made of NaN; on a GPU without waiting for the device.
 
     Args:
         values (`torch.Tensor`): of any shape.
@@ -101,8 +77,8 @@ def check_finite(values: torch.Tensor, what: str) -> None:
         return
     total = _total(values)
     message = (
-        f"{what} that are not finite. The hidden states or the adapter contain NaN or infinity: lower the learning rate, "
-        "clip gradients, or check the checkpoint."
+        f"{what} that are not finite. The hidden states or the adapter contain NaN or infinity: lower the learning "
+        "rate, clip gradients, or check the checkpoint."
     )
     if values.device.type == "cpu":
         if not math.isfinite(total.item()):
@@ -114,20 +90,6 @@ def check_finite(values: torch.Tensor, what: str) -> None:
 def _total(values: torch.Tensor) -> torch.Tensor:
     # half precision overflows in the sum of finite values
     return values.sum(dtype=torch.promote_types(values.dtype, torch.float32))
-
-
-class MoeTunerConfig(PeftConfig):
-    """Mixin of the configurations: the model card of a saved adapter says what it is and how to load it."""
-
-    method: ClassVar[str]
-    paper_url: ClassVar[str]
-    card_fields: ClassVar[tuple[str, ...]] = ()
-    """what the model card lists, in this order"""
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save as PEFT does, then complete the model card in the same folder, if there is one."""
-        super().save_pretrained(save_directory, **kwargs)
-        complete_model_card(save_directory, self)
 
 
 class MoeTuner(BaseTuner):
@@ -157,6 +119,7 @@ class MoeTuner(BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
+            # a refused adapter leaves the model as it was, unless an earlier adapter still needs the hooks
             if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
                 remove_context(model)
             raise
@@ -180,7 +143,7 @@ class MoeTuner(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Refuse `adapter_names`, which PEFT drops without a word where a tuner does not handle it."""
+        """Refuse `adapter_names`, which PEFT drops silently where a tuner does not handle it."""
         if kwargs.get("adapter_names") is not None:
             raise ValueError(
                 f"{type(self).__name__} cannot use another adapter for each sample, but got adapter_names="
@@ -219,8 +182,8 @@ def check_adapter_state_dict(
 
     Raises:
         ValueError: tensors are missing, superfluous, of another shape, no floating-point numbers where the model has
-            such, or not finite. A mixture of experts of which only a part is loaded would compute something else without
-            a word.
+            such, or not finite. A mixture of experts of which only a part is loaded would silently compute something
+            else.
     """
     needed = {}
     for layer_name, layer in model.named_modules():

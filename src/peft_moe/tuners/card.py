@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-
-if TYPE_CHECKING:
-    from .base import MoeTunerConfig
 
 CARD_FILE = "README.md"
 HEADING = "## How to load this adapter"
@@ -24,6 +20,7 @@ Use the code below to get started with the model.
 [More Information Needed]
 """
 """What PEFT's template says where this section belongs."""
+HOW_PEFT_KNOWS_IT = "`import peft_moe` (`pip install peft-moe`) makes it known to PEFT"
 TABLE_HEAD = "| setting | field | value |"
 TABLE = re.compile(rf"^{re.escape(TABLE_HEAD)}\n(?:\|.*\n?)+", re.MULTILINE)
 REPOSITORY = '"<this repository>"'
@@ -37,6 +34,16 @@ AUTO_CLASSES = {
 }
 
 
+class AdapterFacts(NamedTuple):
+    """What a card says about an adapter."""
+
+    method: str
+    paper_url: str
+    task_type: str
+    settings: list[tuple[str, str, Any]]
+    """meaning, field and value"""
+
+
 def is_hub_id(name: str) -> bool:
     """Whether a base model is named as on the Hub, and not by a folder."""
     try:
@@ -46,12 +53,12 @@ def is_hub_id(name: str) -> bool:
     return not Path(name).exists()
 
 
-def complete_model_card(folder: str | Path, config: MoeTunerConfig) -> None:
-    """Add a section to the card of an adapter, or bring its table up to date; do nothing where PEFT has written no card.
+def complete_model_card(folder: str | Path, facts: AdapterFacts) -> None:
+    """Add a section to the card of an adapter, or bring its table up to date; nothing where PEFT has written no card.
 
-    PEFT writes the card into the folder of the adapter `default`; any other one is saved in a subfolder of its name, and
-    the card in the folder above speaks of the first of them. The Hub refuses a card whose base model is no id, so that a
-    folder is not named as one.
+    PEFT writes the card into the folder of the adapter `default`; any other one is saved in a subfolder of its name,
+    and the card in the folder above speaks of the first of them. The Hub refuses a card whose base model is no id, so
+    that a folder is not named as one.
     """
     folder, subfolder = Path(folder), None
     if not (folder / CARD_FILE).is_file():
@@ -64,11 +71,11 @@ def complete_model_card(folder: str | Path, config: MoeTunerConfig) -> None:
     if isinstance(base, str) and not on_hub:
         card.data.base_model = None
         card.data.tags = [tag for tag in card.data.tags or [] if tag != f"base_model:adapter:{base}"]
-    section = _section(config, subfolder, on_hub=on_hub)
+    section = _section(facts, subfolder, on_hub=on_hub)
     if HEADING in card.text:
         if subfolder is None:
             before, heading, rest = card.text.partition(HEADING)
-            card.text = before + heading + TABLE.sub(lambda _: _table(config) + "\n", rest, count=1)
+            card.text = before + heading + TABLE.sub(lambda _: _table(facts) + "\n", rest, count=1)
     elif PLACEHOLDER in card.text:
         card.text = card.text.replace(PLACEHOLDER, section)
     else:
@@ -84,10 +91,10 @@ def _is_of_peft(file: Path) -> bool:
     return {"library_name: peft", "- peft_moe"} <= set(lines)
 
 
-def _section(config: MoeTunerConfig, subfolder: str | None, *, on_hub: bool) -> str:
+def _section(facts: AdapterFacts, subfolder: str | None, *, on_hub: bool) -> str:
     where = REPOSITORY if subfolder is None else f'{REPOSITORY}, subfolder="{subfolder}"'
     if on_hub:
-        auto_class = AUTO_CLASSES.get(str(getattr(config.task_type, "value", config.task_type)), "AutoPeftModel")
+        auto_class = AUTO_CLASSES.get(facts.task_type, "AutoPeftModel")
         code = f"from peft import {auto_class}\n\nmodel = {auto_class}.from_pretrained({where})"
         remark = ""
     else:
@@ -99,21 +106,19 @@ def _section(config: MoeTunerConfig, subfolder: str | None, *, on_hub: bool) -> 
         )
     return f"""{HEADING}
 
-This is a [{config.method}]({config.paper_url}) adapter. `import peft_moe` (`pip install peft-moe`) makes it known to PEFT:
+This is a [{facts.method}]({facts.paper_url}) adapter. {HOW_PEFT_KNOWS_IT}:
 
 ```python
 import peft_moe
 {code}
 ```
 {remark}
-{_table(config)}
+{_table(facts)}
 """
 
 
-def _table(config: MoeTunerConfig) -> str:
-    """The settings that a reader wants to know, in the words of the configuration."""
-    meaning = {field.name: field.metadata["help"].rstrip(".") for field in fields(config) if "help" in field.metadata}
-    rows = [f"| {meaning[name]} | `{name}` | {_cell(getattr(config, name))} |" for name in config.card_fields]
+def _table(facts: AdapterFacts) -> str:
+    rows = [f"| {meaning} | `{name}` | {_cell(value)} |" for meaning, name, value in facts.settings]
     return "\n".join([TABLE_HEAD, "|---|---|---|", *rows])
 
 

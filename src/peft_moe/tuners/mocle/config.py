@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
 
-from ..lora_config import LoraExpertsConfig, choice_problems, count_problems, float32_problems, is_number
+from ..config import Count, Float32, NotNegative, Positive, Share
+from ..lora_config import LoraExpertsConfig
 from .clustering import InstructionClusterer, checksum
 from .instructions import check_text_settings
-
-
-SCOPES = ("model", "layer", "module")
 
 
 @dataclass
@@ -105,21 +102,21 @@ class MoCLEConfig(LoraExpertsConfig):
         ValueError: one or more fields do not make sense; all of them are named.
     """
 
-    num_clusters: int = field(default=64, metadata={"help": "Clusters of instructions."})
-    num_experts: int = field(default=4, metadata={"help": "LoRA experts to choose from."})
-    top_k: int = field(default=1, metadata={"help": "Experts per example, without the universal one."})
+    num_clusters: Count = field(default=64, metadata={"help": "Clusters of instructions."})
+    num_experts: Count = field(default=4, metadata={"help": "LoRA experts to choose from."})
+    top_k: Count = field(default=1, metadata={"help": "Experts per example, without the universal one."})
     universal_expert: bool = field(default=True, metadata={"help": "Whether there is an expert for every example."})
-    lora_alpha: int = field(default=32, metadata={"help": "Experts are scaled by lora_alpha / r."})
-    lora_dropout: float = field(default=0.1, metadata={"help": "Dropout on the input of the experts."})
-    temperature: float = field(default=0.05, metadata={"help": "Temperature of the softmax over experts."})
+    lora_alpha: Positive = field(default=32, metadata={"help": "Experts are scaled by lora_alpha / r."})
+    lora_dropout: Share = field(default=0.1, metadata={"help": "Dropout on the input of the experts."})
+    temperature: Positive = field(default=0.05, metadata={"help": "Temperature of the softmax over experts."})
     gate_scope: Literal["layer", "module"] = field(
         default="layer", metadata={"help": "One gate per layer or one per linear."}
     )
     gate_bias: bool = field(default=False, metadata={"help": "Whether gates have a bias."})
-    gate_noise_std: float | None = field(
+    gate_noise_std: NotNegative | None = field(
         default=None, metadata={"help": "Noise on the gate's logits in training. Default: 1 / num_experts."}
     )
-    gate_dtype: str = field(default="float32", metadata={"help": "Gates compute in float32."})
+    gate_dtype: Float32 = field(default="float32", metadata={"help": "Gates compute in float32."})
     squared_gate: bool = field(default=False, metadata={"help": "Weight experts by the square of their gate."})
     cluster_embedding_scope: Literal["model", "layer", "module"] = field(
         default="model", metadata={"help": "One table of cluster embeddings for the model, or one per gate."}
@@ -127,7 +124,7 @@ class MoCLEConfig(LoraExpertsConfig):
     cluster_embedding_init: Literal["centroids", "normal"] = field(
         default="centroids", metadata={"help": "How cluster embeddings are initialised."}
     )
-    cluster_embedding_dim: int = field(default=384, metadata={"help": "Width of cluster embeddings."})
+    cluster_embedding_dim: Count = field(default=384, metadata={"help": "Width of cluster embeddings."})
     fallback: Literal["error", "universal"] = field(
         default="error", metadata={"help": "What to do with examples whose cluster is not known."}
     )
@@ -149,45 +146,24 @@ class MoCLEConfig(LoraExpertsConfig):
         "lora_alpha",
         "encoder_name",
     )
-    flag_fields: ClassVar[tuple[str, ...]] = (
-        *LoraExpertsConfig.flag_fields,
-        "universal_expert",
-        "gate_bias",
-        "squared_gate",
-    )
 
     def __post_init__(self) -> None:
         self.centroids: torch.Tensor | None = None
         super().__post_init__()
         self.gate_dtype = "float32"
 
-    def _problems(self) -> list[str]:
-        problems = count_problems(self, "num_clusters", "num_experts", "top_k", "r", "cluster_embedding_dim")
-        if not problems and self.num_experts < 2:
+    def _contradictions(self) -> list[str]:
+        problems = super()._contradictions()
+        if self.num_experts < 2:
             problems.append(
                 "num_experts must be at least 2, but is 1: the only gate would always be 1 and a universal expert "
                 "never used. Add experts, or use LoRA."
             )
-        if not problems and self.top_k > self.num_experts:
+        elif self.top_k > self.num_experts:
             problems.append(
                 f"top_k must be at most num_experts, but top_k is {self.top_k} and num_experts is {self.num_experts}. "
                 "Lower top_k, or add experts."
             )
-        if not is_number(self.temperature) or not 0 < self.temperature < math.inf:
-            problems.append(f"temperature must be a positive number, but is {self.temperature!r}.")
-        noise = self.gate_noise_std
-        if noise is not None and not (is_number(noise) and 0 <= noise < math.inf):
-            problems.append(f"gate_noise_std must be a number and not negative, but is {noise!r}.")
-        problems += float32_problems(self, "gate_dtype")
-        problems += choice_problems(
-            self,
-            {
-                "gate_scope": SCOPES[1:],
-                "cluster_embedding_scope": SCOPES,
-                "cluster_embedding_init": ("centroids", "normal"),
-                "fallback": ("error", "universal"),
-            },
-        )
         if self.gate_scope == "layer" and self.cluster_embedding_scope == "module":
             problems.append(
                 "cluster_embedding_scope='module' needs a gate per linear, but gate_scope is 'layer'. Set gate_scope="

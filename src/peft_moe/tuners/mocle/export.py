@@ -23,7 +23,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...pretrained_moe import base_of
+from ...foreign_moe import base_of
 from ..card import CARD_FILE, is_hub_id
 from ..lora_model import adaptable_modules
 from ..structure import shorten

@@ -42,6 +42,9 @@ class MoCLELayer(LoraExpertsLayer):
     def __init__(self, base_layer: nn.Module, name: str, recorder: RoutingRecorder) -> None:
         super().__init__(base_layer, name, recorder)
         self.scopes: dict[str, GateScope] = {}
+        self.mocle_A = nn.ModuleDict()
+        self.mocle_B = nn.ModuleDict()
+        self.mocle_dropout = nn.ModuleDict()
         self.mocle_gate = nn.ModuleDict()
         self.mocle_embedding = nn.ModuleDict()
         self.mocle_centroids = nn.ModuleDict()
@@ -57,7 +60,7 @@ class MoCLELayer(LoraExpertsLayer):
         owns_embedding: bool,
         owns_centroids: bool,
     ) -> None:
-        """Add an adapter, or replace one of the same name.
+        """Add an adapter, or replace one of the same name; not yet on the right device.
 
         Args:
             adapter_name (`str`), config (`MoCLEConfig`): which adapter.
@@ -87,8 +90,6 @@ class MoCLELayer(LoraExpertsLayer):
             self.mocle_embedding[adapter_name] = _new_embedding(config)
         if owns_centroids:
             self.mocle_centroids[adapter_name] = scope.lookup.centroids = _new_centroids(config)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def dispatch(
         self, adapter_name: str, x: torch.Tensor, hidden_states: torch.Tensor

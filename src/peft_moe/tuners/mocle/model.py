@@ -10,7 +10,7 @@ from peft import PeftConfig
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ...pretrained_moe import base_of
+from ...foreign_moe import base_of
 from ..lora_model import LoraExpertsModel
 from ..structure import ATTENTION_BLOCKS, MLP_BLOCKS, find_blocks, text_linear_names
 from .clustering import checksum
@@ -111,7 +111,7 @@ class MoCLEModel(LoraExpertsModel):
                 f"MoCLE found no {wanted} in {type(self.model).__name__}. It looks for linears with usual names such "
                 "as gate_proj/up_proj/down_proj, fc1/fc2 or q_proj/v_proj; name yours in target_modules."
             )
-        peft_config.target_modules = self._select_some(names, peft_config)
+        peft_config.target_modules = self._select(names, peft_config)
         return peft_config
 
     def _prepare_model(self, peft_config: MoCLEConfig, model: nn.Module) -> None:

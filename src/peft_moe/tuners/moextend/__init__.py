@@ -2,7 +2,7 @@
 
 from .config import MoExtendConfig
 from .extender import Extender
-from .extender_report import ExtenderReport, selection_shift
+from .report import ExtenderReport, selection_shift
 from .model import MoExtendModel
 
 

@@ -2,19 +2,60 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from ...aux_loss import AUX_LOSS_TYPES, SCOPES
-from ..base import MoeTunerConfig, check_checkpoint_format, raise_config_problems
-from ..lora_config import choice_problems, count_problems, is_number, is_positive_int, name_problems
-from ..registration import peft_type
+from ..config import Count, MoeTunerConfig, Names, NotNegative, Positive, Targets, is_number, is_positive_int, must_be
+from ..lora_config import as_set
 
 
-INITS = ("copy", "copy_guarded", "zero_gate", "mean_gate")
-EXPERT_TYPES = ("ffn", "lora")
-CALIBRATIONS = (None, "released_code", "paper")
+def _is_position(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _layer_numbers(name: str, layers: Any) -> list[str]:
+    return [
+        f"{name} must name layers by their number, counted from 0, but has {layer!r}."
+        for layer in layers
+        if not _is_position(layer)
+    ]
+
+
+def _layers(name: str, value: Any) -> list[str]:
+    if not isinstance(value, list | tuple | set):
+        return [f"{name} must be a list of layer numbers, but is {value!r}."]
+    if not value:
+        return [f"{name} is empty, so no layer would get an expert. Leave it out for all layers."]
+    return _layer_numbers(name, value)
+
+
+def _new_experts(name: str, value: Any) -> list[str]:
+    if not isinstance(value, dict):
+        return must_be("a whole number of at least 1", is_positive_int)(name, value)
+    if not value:
+        return [f"{name} is an empty dictionary, so no layer would get an expert. Name at least one layer."]
+    problems = [
+        f"{name}[{layer!r}] must be a whole number of at least 1, but is {count!r}. Leave out layers that get none."
+        for layer, count in value.items()
+        if not is_positive_int(count)
+    ]
+    return problems + _layer_numbers(name, value)
+
+
+def _sources(name: str, value: Any) -> list[str]:
+    if not isinstance(value, dict):
+        return [f"{name} must be a dictionary {{layer: expert}}, but is {value!r}."]
+    problems = _layer_numbers(name, value)
+    for layer, source in value.items():
+        if not all(map(_is_position, source if isinstance(source, list | tuple) else [source])):
+            problems.append(f"{name}[{layer!r}] must be the number of an expert, but is {source!r}.")
+    return problems
+
+
+NewExperts = Annotated[int | dict[int, int], _new_experts]
+Layers = Annotated[list[int], _layers]
+Sources = Annotated[dict[int, Any], _sources]
+NotPositive = Annotated[float, must_be("a number of at most 0", lambda value: is_number(value) and value <= 0)]
 
 
 @dataclass
@@ -95,34 +136,34 @@ class MoExtendConfig(MoeTunerConfig):
         ValueError: one or more fields do not make sense; all of them are named.
     """
 
-    num_new_experts: int | dict[int, int] = field(default=1, metadata={"help": "New experts per layer."})
-    layers: list[int] | None = field(default=None, metadata={"help": "Layers that get new experts."})
+    num_new_experts: NewExperts = field(default=1, metadata={"help": "New experts per layer."})
+    layers: Layers | None = field(default=None, metadata={"help": "Layers that get new experts."})
     init: Literal["copy", "copy_guarded", "zero_gate", "mean_gate"] = field(
         default="copy", metadata={"help": "How a new expert and its row in the router begin."}
     )
-    copy_sources: dict[int, Any] | None = field(default=None, metadata={"help": "{layer: expert that is copied}."})
-    guard_offset: float = field(default=-17.0, metadata={"help": "Where the offset of copy_guarded begins."})
+    copy_sources: Sources | None = field(default=None, metadata={"help": "{layer: expert that is copied}."})
+    guard_offset: NotPositive = field(default=-17.0, metadata={"help": "Where the offset of copy_guarded begins."})
     expert_type: Literal["ffn", "lora"] = field(
         default="ffn", metadata={"help": "Full new experts, or low-rank differences to their source."}
     )
-    r: int = field(default=16, metadata={"help": "Rank of the difference."})
-    lora_alpha: float = field(default=32, metadata={"help": "The difference is scaled by lora_alpha / r."})
+    r: Count = field(default=16, metadata={"help": "Rank of the difference."})
+    lora_alpha: Positive = field(default=32, metadata={"help": "The difference is scaled by lora_alpha / r."})
     calibration: Literal["released_code", "paper"] | None = field(
         default=None, metadata={"help": "Corrects the weights of the chosen experts."}
     )
-    calibration_dim: int = field(default=16, metadata={"help": "Width inside the calibration's MLP."})
-    router_aux_loss_coef: float = field(default=0.001, metadata={"help": "Weight of the load-balancing loss."})
+    calibration_dim: Count = field(default=16, metadata={"help": "Width inside the calibration's MLP."})
+    router_aux_loss_coef: NotNegative = field(default=0.001, metadata={"help": "Weight of the load-balancing loss."})
     router_aux_loss_type: Literal["switch", "pooled", "mole"] = field(
         default="switch", metadata={"help": "Form of the load-balancing loss."}
     )
     router_aux_loss_scope: Literal["process", "global"] = field(
         default="process", metadata={"help": "Balance the tokens of each process, or those of all processes."}
     )
-    router_z_loss_coef: float = field(default=0.0, metadata={"help": "Weight of the router z-loss."})
-    modules_to_save: list[str] | None = field(
+    router_z_loss_coef: NotNegative = field(default=0.0, metadata={"help": "Weight of the router z-loss."})
+    modules_to_save: Names | None = field(
         default=None, metadata={"help": "Further modules to train in full and to save."}
     )
-    target_modules: list[str] | str | None = field(default=None, metadata={"help": "Filled in by the tuner."})
+    target_modules: Targets | None = field(default=None, metadata={"help": "Filled in by the tuner."})
     base_num_experts: dict[int, int] | None = field(
         default=None, metadata={"help": "{layer: experts of the base model}, filled in by the tuner."}
     )
@@ -140,16 +181,12 @@ class MoExtendConfig(MoeTunerConfig):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = peft_type(self.method.upper())
-        check_checkpoint_format(self.checkpoint_format, method=self.method)
         # JSON knows no whole numbers as keys
         self.num_new_experts = _with_int_keys(self.num_new_experts)
         self.copy_sources = _with_int_keys(self.copy_sources)
         self.base_num_experts = _with_int_keys(self.base_num_experts)
-        if isinstance(self.target_modules, list) and not name_problems(self, "target_modules"):
-            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
-        raise_config_problems(type(self).__name__, self._problems())
+        self.target_modules = as_set(self.target_modules)
+        super().__post_init__()
 
     def num_new_experts_in(self, layer: int) -> int:
         """How many new experts a layer gets; 0 where it is not extended."""
@@ -167,96 +204,22 @@ class MoExtendConfig(MoeTunerConfig):
         """The layers that are named, `None` for all."""
         return list(self.num_new_experts) if isinstance(self.num_new_experts, dict) else self.layers
 
-    def _problems(self) -> list[str]:
-        problems = [*self._count_problems(), *self._layer_problems(), *self._source_problems()]
-        problems += count_problems(self, "r", "calibration_dim")
-        problems += name_problems(self, "target_modules")
-        problems += name_problems(self, "modules_to_save", may_be_pattern=False)
-        if not is_number(self.lora_alpha) or not 0 < self.lora_alpha < math.inf:
-            problems.append(f"lora_alpha must be a positive number, but is {self.lora_alpha!r}.")
-        if not is_number(self.guard_offset) or not -math.inf < self.guard_offset <= 0:
-            problems.append(f"guard_offset must be a number of at most 0, but is {self.guard_offset!r}.")
-        problems += [
-            f"{name} must be a number and not negative, but is {getattr(self, name)!r}."
-            for name in ("router_aux_loss_coef", "router_z_loss_coef")
-            if not (is_number(getattr(self, name)) and 0 <= getattr(self, name) < math.inf)
-        ]
-        problems += choice_problems(
-            self,
-            {
-                "init": INITS,
-                "expert_type": EXPERT_TYPES,
-                "calibration": CALIBRATIONS,
-                "router_aux_loss_type": AUX_LOSS_TYPES,
-                "router_aux_loss_scope": SCOPES,
-            },
-        )
-        if self.router_aux_loss_scope == "global" and self.router_aux_loss_type == "mole":
-            problems.append(
-                "router_aux_loss_scope='global' has no meaning with router_aux_loss_type='mole', which balances each sample "
-                "by itself. Use 'switch' or 'pooled', or leave router_aux_loss_scope out."
-            )
-        return problems
-
-    def _count_problems(self) -> list[str]:
-        counts = self.num_new_experts
-        if not isinstance(counts, dict):
-            return count_problems(self, "num_new_experts")
-        if not counts:
-            return [
-                "num_new_experts is an empty dictionary, so no layer would get an expert. Name at least one layer."
-            ]
-        problems = [
-            f"num_new_experts[{layer!r}] must be a whole number of at least 1, but is {count!r}. Leave out layers that "
-            "get none."
-            for layer, count in counts.items()
-            if not is_positive_int(count)
-        ]
-        if self.layers is not None:
+    def _contradictions(self) -> list[str]:
+        problems = super()._contradictions()
+        counts = self.num_new_experts if isinstance(self.num_new_experts, dict) else {}
+        if counts and self.layers is not None:
             problems.append("layers has no effect beside a dictionary in num_new_experts, whose keys are the layers.")
-        if (
-            not problems
-            and len(set(counts.values())) > 1
-            and self.router_aux_loss_coef
-            and self.router_aux_loss_type != "switch"
-        ):
+        if len(set(counts.values())) > 1 and self.router_aux_loss_coef and self.router_aux_loss_type != "switch":
             problems.append(
                 f"router_aux_loss_type={self.router_aux_loss_type!r} pools all routers and needs the same number of "
                 "experts everywhere. Use 'switch' where num_new_experts differs by layer."
             )
-        return problems
-
-    def _layer_problems(self) -> list[str]:
-        problems = []
-        for name in ("layers", "num_new_experts", "copy_sources"):
-            layers = getattr(self, name)
-            if name == "layers" and layers is not None and not isinstance(layers, list | tuple | set):
-                problems.append(f"layers must be a list of layer numbers, but is {layers!r}.")
-            elif name == "layers" and layers is not None and not layers:
-                problems.append("layers is empty, so no layer would get an expert. Leave it out for all layers.")
-            elif isinstance(layers, dict | list | tuple | set):
-                problems += [
-                    f"{name} must name layers by their number, counted from 0, but has {layer!r}."
-                    for layer in layers
-                    if not (isinstance(layer, int) and not isinstance(layer, bool) and layer >= 0)
-                ]
-        return problems
-
-    def _source_problems(self) -> list[str]:
-        if self.copy_sources is None:
-            return []
-        if not isinstance(self.copy_sources, dict):
-            return [f"copy_sources must be a dictionary {{layer: expert}}, but is {self.copy_sources!r}."]
-        problems = []
-        for layer, source in self.copy_sources.items():
-            experts = source if isinstance(source, list | tuple) else [source]
-            if not all(isinstance(e, int) and not isinstance(e, bool) and e >= 0 for e in experts):
-                problems.append(f"copy_sources[{layer!r}] must be the number of an expert, but is {source!r}.")
-            elif isinstance(source, list | tuple) and len(source) != self.num_new_experts_in(layer):
-                problems.append(
-                    f"copy_sources[{layer!r}] names {len(source)} experts, but the layer gets "
-                    f"{self.num_new_experts_in(layer)} new ones. Name one source for each, or a single one for all."
-                )
+        problems += [
+            f"copy_sources[{layer!r}] names {len(source)} experts, but the layer gets {self.num_new_experts_in(layer)} new "
+            "ones. Name one source for each, or a single one for all."
+            for layer, source in (self.copy_sources or {}).items()
+            if isinstance(source, list | tuple) and len(source) != self.num_new_experts_in(layer)
+        ]
         return problems
 
 

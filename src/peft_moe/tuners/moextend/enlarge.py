@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from ...pretrained_moe import COUNT_NAMES, MoeBlock, base_of, find_moe_blocks
-from ...pretrained_moe.routers import in_groups
-from .experts import full_weights
-from .layer import MoExtendExperts, MoExtendRouter
-from .pad_direction import measure_rows
-from .padding import PadRequest, Pads, exact_pads, merged_router
+from ...foreign_moe import (
+    COUNT_NAMES,
+    LOWEST,
+    MoeBlock,
+    Pads,
+    base_of,
+    configs_of,
+    find_moe_blocks,
+    gate_weight_name,
+    in_groups,
+    num_groups,
+    per_expert_tensors,
+    probe,
+)
+from .experts import MoExtendExperts, full_weights
+from .router import MoExtendRouter
 
 
 COUNTS_BY_LAYER = "num_experts_by_layer"
@@ -32,38 +43,52 @@ def _num_new(model: nn.Module, blocks: Mapping[int, MoeBlock], adapter_names: li
     }
 
 
-def _configs(model: nn.Module) -> list[Any]:
-    found: list[Any] = []
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if config is not None and not any(config is known for known in found):
-            found.append(config)
-    return found
+@dataclass(frozen=True)
+class LayerPads:
+    """What fills up one layer.
+
+    Args:
+        num (`int`): how many pads (P), a multiple of the number of groups of experts.
+        kind (`Pads`): what they are.
+    """
+
+    num: int
+    kind: Pads
 
 
 def check_enlargeable(
-    model: nn.Module, adapter_names: list[str], *, safe_merge: bool = False, is_padded: bool = False
-) -> dict[int, int]:
+    model: nn.Module, adapter_names: list[str], *, safe_merge: bool = False, pad_experts: bool = False
+) -> dict[int, LayerPads]:
     """Raise `ValueError`, before anything is changed, unless the adapters can become part of a plain model.
 
     Args:
         model (`nn.Module`): the base model with the adapters in it.
         adapter_names (`list[str]`): what will be merged.
         safe_merge (`bool`): also look for values that are not finite.
-        is_padded (`bool`): whether layers may be filled up with pads.
+        pad_experts (`bool`): whether layers may be filled up with pads.
 
     Returns:
-        `dict[int, int]`: layer → pads that it needs, where it needs some.
+        `dict[int, LayerPads]`: of the layers that need some.
     """
     blocks, refused = find_moe_blocks(model)
     counts = _num_new(model, blocks, adapter_names)
     problems = [f"a mixture of experts cannot be enlarged: {reason}" for reason in refused]
-    num_pads = {}
-    if not any(hasattr(config, COUNTS_BY_LAYER) for config in _configs(model)):
-        num_pads = {
-            layer: max(counts.values()) - count for layer, count in counts.items() if count < max(counts.values())
-        }
-    if num_pads and not is_padded:
+    pads: dict[int, LayerPads] = {}
+    if any(hasattr(config, COUNTS_BY_LAYER) for config in configs_of(model)):
+        num_pads = {}
+    else:
+        top = max(counts.values(), default=0)
+        num_pads = {layer: top - count for layer, count in counts.items() if count < top}
+    if num_pads and pad_experts:
+        kinds = {layer: probe(base_of(model.get_submodule(blocks[layer].router)), blocks[layer]).pads for layer in num_pads}
+        pads = {layer: LayerPads(num_pads[layer], kind) for layer, kind in kinds.items() if kind is not None}
+        if without := [blocks[layer].router for layer in num_pads if layer not in pads]:
+            problems.append(
+                f"{', '.join(without)} add nothing to the logit of an expert that does not depend on the input, or weigh "
+                "experts by more than that: a pad would be chosen for some inputs. Give all layers the same number of new "
+                "experts."
+            )
+    elif num_pads:
         problems.append(
             f"layers differ in their new experts ({counts}), and a configuration of transformers has one number of "
             "experts for all layers. Fill up the others with experts that are never chosen: "
@@ -92,83 +117,58 @@ def check_enlargeable(
             f"{adapter_names} cannot be merged into a plain model:{shown}\nElse keep the adapter, which every path of PEFT "
             "loads; or, to drop it, use unload()."
         )
-    return num_pads
-
-
-def plan_pads(
-    model: nn.Module, adapter_names: list[str], num_pads: dict[int, int], pad_experts: PadRequest
-) -> dict[int, Pads]:
-    """How each of these layers is filled up; nothing is changed yet.
-
-    Args:
-        model (`nn.Module`): the base model, with the adapters active that will be merged.
-        adapter_names (`list[str]`): their names.
-        num_pads (`dict[int, int]`): layer → pads that it needs.
-        pad_experts (`bool` or `Iterable[Mapping[str, Any]]`): see [`MoExtendModel.merge_and_unload`].
-
-    Raises:
-        ValueError: there are no pads that are never chosen, or only on measured data, and `pad_experts` has none.
-    """
-    blocks, _ = find_moe_blocks(model)
-    plans: dict[int, Pads] = {}
-    measured = {}
-    for layer, num in num_pads.items():
-        merged = merged_router(model, blocks[layer], adapter_names)
-        pads = exact_pads(base_of(model.get_submodule(blocks[layer].router)), merged, num)
-        if pads is None:
-            measured[layer] = merged
-        else:
-            plans[layer] = pads
-    if measured and isinstance(pad_experts, bool):
-        names = [merged.block.router for merged in measured.values()]
-        raise ValueError(
-            f"{adapter_names} cannot be merged into a plain model with pad_experts=True: {', '.join(names)} add nothing to "
-            "the logit of an expert that does not depend on the input, or weigh experts by more than that, so no row lies "
-            "below the chosen ones for every input. Pass batches of model inputs instead, "
-            "merge_and_unload(pad_experts=[batch, ...]): they are run once, and pads get a row that is never chosen on "
-            "them. Or keep the adapter."
-        )
-    if measured:
-        for layer, row in measure_rows(model, measured, pad_experts).items():  # type: ignore[arg-type]
-            plans[layer] = Pads(num_pads[layer], measured[layer].groups, row=row)
-    return plans
+    return pads
 
 
 @torch.no_grad()
-def enlarge(model: nn.Module, adapter_names: list[str], pads: dict[int, Pads]) -> None:
+def enlarge(model: nn.Module, adapter_names: list[str], pads: Mapping[int, LayerPads]) -> None:
     """Write new experts, rows and pads behind the old ones, in the modules of the base model, and count them everywhere."""
     blocks, _ = find_moe_blocks(model)
     after = {}
     for layer, block in blocks.items():
-        merged = merged_router(model, block, adapter_names)
-        pad = pads.get(layer)
-        after[layer] = merged.num_experts + (pad.num if pad else 0)
-        if after[layer] == block.num_experts:
-            continue
-        router, experts = (model.get_submodule(name) for name in (block.router, block.experts))
-        for name, (tensor, axis) in merged.tensors.items():
-            is_matrix = name == merged.weight_name
-            _put(base_of(router), name, pad.in_router(tensor, axis, is_matrix=is_matrix) if pad else tensor)
-        if merged.correction is not None:
-            assert block.correction is not None
-            value = pad.in_router(merged.correction, 0, is_matrix=False) if pad else merged.correction
-            _put(model, block.correction, value)
-        names = [name for name in adapter_names if isinstance(experts, MoExtendExperts) and name in experts.num_new]
-        for name, parameter in list(base_of(experts).named_parameters(recurse=False)):
-            new = [full_weights(experts.moextend_experts[adapter])[name] for adapter in names]  # type: ignore[index]
-            stacked = in_groups([parameter, *(entry.to(parameter) for entry in new)], 0, merged.groups)
-            _put(base_of(experts), name, pad.in_experts(stacked) if pad else stacked)
+        of_layer = pads.get(layer)
+        num_new = _enlarge_block(model, block, adapter_names, of_layer)
+        after[layer] = block.num_experts + num_new + (of_layer.num if of_layer else 0)
         _count_in_block(model, block, after[layer])
     _count_in_configs(model, {layer: block.num_experts for layer, block in blocks.items()}, after)
+
+
+def _enlarge_block(model: nn.Module, block: MoeBlock, adapter_names: list[str], pads: LayerPads | None) -> int:
+    """Make the tensors of one block larger; returns how many experts the adapters bring (N)."""
+    layer, experts = model.get_submodule(block.router), model.get_submodule(block.experts)
+    router = base_of(layer)
+    groups = num_groups(router)
+    names = [name for name in adapter_names if isinstance(layer, MoExtendRouter) and name in layer.num_new]
+    if not names and pads is None:
+        return 0
+    gates = [layer.moextend_gate[name] for name in names]  # type: ignore[index]
+
+    def stacked(old: torch.Tensor, new: list[torch.Tensor], axis: int, value: float) -> torch.Tensor:
+        tensor = in_groups([old, *(entry.to(old) for entry in new)], axis, groups)
+        return tensor if pads is None else pads.kind.fill(tensor, axis, pads.num, groups, value=value)
+
+    weight_name = gate_weight_name(router, block.num_experts)
+    for name, (tensor, axis) in per_expert_tensors(router, block.num_experts).items():
+        rows = [
+            gate()[name] + gate.offset if name == "bias" and gate.offset is not None else gate()[name]
+            for gate in gates
+        ]
+        _put(router, name, stacked(tensor, rows, axis, 0.0 if name == weight_name else LOWEST))
+    correction = block.correction_in(model)
+    if correction is not None:
+        assert block.correction is not None
+        _put(model, block.correction, stacked(correction, [gate.correction for gate in gates], 0, LOWEST))
+    for name, parameter in list(base_of(experts).named_parameters(recurse=False)):
+        new = [full_weights(experts.moextend_experts[adapter])[name] for adapter in names]  # type: ignore[index]
+        _put(base_of(experts), name, stacked(parameter, new, 0, 0.0))
+    return sum(layer.num_new[name] for name in names)  # type: ignore[operator,index,misc]
 
 
 def _put(module: nn.Module, name: str, value: torch.Tensor) -> None:
     owner_name, _, own = name.rpartition(".")
     owner = module.get_submodule(owner_name)
-    if own in owner._parameters:
-        owner._parameters[own] = nn.Parameter(value, requires_grad=owner._parameters[own].requires_grad)  # type: ignore[union-attr]
-    else:
-        owner._buffers[own] = value
+    old = getattr(owner, own)
+    setattr(owner, own, nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value)
 
 
 def _count_in_block(model: nn.Module, block: MoeBlock, after: int) -> None:
@@ -179,12 +179,12 @@ def _count_in_block(model: nn.Module, block: MoeBlock, after: int) -> None:
     for module in modules:
         for count in COUNT_NAMES:
             if module.__dict__.get(count) == block.num_experts:
-                module.__dict__[count] = after
+                setattr(module, count, after)
 
 
 def _count_in_configs(model: nn.Module, before: dict[int, int], after: dict[int, int]) -> None:
     """Tell the configurations, and the models that keep a number of theirs."""
-    by_layer = [config for config in _configs(model) if hasattr(config, COUNTS_BY_LAYER)]
+    by_layer = [config for config in configs_of(model) if hasattr(config, COUNTS_BY_LAYER)]
     for config in by_layer:
         counts = [after[layer] for layer in getattr(config, COUNTS_BY_LAYER)]
         is_one = not isinstance(config.num_experts, list | tuple) and len(set(counts)) == 1
@@ -192,11 +192,11 @@ def _count_in_configs(model: nn.Module, before: dict[int, int], after: dict[int,
     if by_layer:
         return
     (old,), (new,) = set(before.values()), set(after.values())
-    for config in _configs(model):
+    for config in configs_of(model):
         for count in COUNT_NAMES:
             if config.__dict__.get(count) == old:
                 setattr(config, count, new)
     for module in model.modules():
         for count in COUNT_NAMES if hasattr(module, "config") else ():
             if module.__dict__.get(count) == old:
-                module.__dict__[count] = new
+                setattr(module, count, new)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import math
+import random
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -16,12 +21,11 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
+from ...foreign_moe import BASE, MoeBlock, configs_of, find_moe_blocks, listen_to_routers, probe
 from ...forward_context import ForwardPass
-from ...pretrained_moe import BASE, MoeBlock, find_moe_blocks, listen_to_routers, num_groups, probe
 from ...routing_recorder import statistics_of
-from ..lora_config import is_number, is_positive_int
-from .extender_report import ExtenderReport
-from .restore import Snapshot, configs_of, same_random_state
+from ..config import is_number, is_positive_int
+from .report import ExtenderReport
 
 
 if TYPE_CHECKING:
@@ -31,6 +35,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 COEF, FLAG = "router_aux_loss_coef", "output_router_logits"
+NOISE = 1e-7
+"""a router's gradient whose norm is below is what rounding leaves of 0; Adam would make a full step of it"""
+WARMUP_SHARE = 0.03
+SHARDED = (
+    "The Extender cannot measure a model that deepspeed or fsdp shards, since it trains a copy of the routers beside the weights "
+    "of the model. Launch with torchrun alone, and leave both out of args."
+)
 
 
 class Extender:
@@ -38,7 +49,7 @@ class Extender:
 
     Stage 2 of MoExtend (https://huggingface.co/papers/2408.03511): the model as it is (κ) and the same with routers tuned on
     the new data (κ') both run over a probe set, and each layer's expert counts are compared, see
-    [`~peft_moe.tuners.moextend.extender_report.selection_shift`]. Counts are those of the top-k choice; the released code
+    [`~peft_moe.tuners.moextend.report.selection_shift`]. Counts are those of the top-k choice; the released code
     counts the least likely experts instead.
 
     Works with every model whose mixtures of experts [`MoExtendConfig`] can extend, on text and on images with text. Align
@@ -86,10 +97,10 @@ class Extender:
     ) -> ExtenderReport:
         """Tune the routers alone, and compare which experts are chosen before and after.
 
-        The model is then as it was, to the bit, also after an error or an interruption: parameters, buffers, gradients,
-        what requires them, training mode, hooks, gradient checkpointing, configurations, devices; and so are the random
-        states of Python, numpy and torch. Under `torchrun` the `Trainer` trains on all processes, each counts its part of
-        the probe set, and all get the same report.
+        What trains is a copy of the model with routers of its own, whose other weights lie in the memory of the model. So
+        the model stays as it is, to the bit, also after an error or an interruption; and so do the random states of Python,
+        numpy and torch. Under `torchrun` the `Trainer` trains on all processes, each counts its part of the probe set, and
+        all get the same report.
 
         Args:
             train_set (`Dataset`), probe_set (`Dataset`):
@@ -110,7 +121,7 @@ class Extender:
                 unless `remove_unused_columns=False`.
             keep_tuned_router (`bool`):
                 Leave the tuned routers in the model (released code, whose extended models build on κ'). The paper extends
-                κ, the default. All else is put back in any case.
+                κ, the default.
 
         Raises:
             ValueError: a data set is empty, a probe set without tokens, an argument makes no sense, or `args` shards the
@@ -118,30 +129,26 @@ class Extender:
             FloatingPointError: the loss or a router is not finite.
             RuntimeError: no router has changed, or the training set ended too early.
         """
-        # imported here: the trainer of transformers imports datasets
-        from .router_training import RouterTrainer, training_arguments
-
         _check_arguments(train_set, probe_set, steps, learning_rate, batch_size, router_aux_loss_coef)
-        routers = self._router_parameters()
-        trained = [parameter for parameters in routers.values() for parameter in parameters]
-        snapshot = Snapshot(self.model, trained)
-        with same_random_state(), tempfile.TemporaryDirectory(prefix="extender-") as folder:
-            try:
-                args = training_arguments(args, folder, steps, learning_rate, batch_size)
-                self.model.requires_grad_(False)
-                for parameter in trained:
-                    parameter.grad = None
-                    parameter.requires_grad_(True)
-                collator = data_collator or self._collator(train_set)
-                trainer = RouterTrainer(self.model, args, train_dataset=train_set, data_collator=collator)
-                coef = self._balance(trainer, probe_set, router_aux_loss_coef)
-                before, _ = self._count(trainer, probe_set, "expert selection before")
-                trainer.train()
-                self._check_training(trainer, snapshot, routers)
-                after, num_tokens = self._count(trainer, probe_set, "expert selection after")
-                snapshot.keeps_trained = keep_tuned_router
-            finally:
-                snapshot.restore()
+        original = self._routers(self.model)
+        model = _twin(self.model, {id(parameter) for found in original.values() for parameter in found})
+        routers = self._routers(model)
+        with _same_random_state(), tempfile.TemporaryDirectory(prefix="extender-") as folder:
+            args = training_arguments(args, folder, steps, learning_rate, batch_size)
+            for parameter in (parameter for found in routers.values() for parameter in found):
+                parameter.requires_grad_(True)
+            collator = data_collator or self._collator(train_set)
+            trainer = _router_trainer(model, args, train_dataset=train_set, data_collator=collator)
+            coef = self._balance(trainer, probe_set, router_aux_loss_coef)
+            before, _ = self._count(trainer, probe_set, "expert selection before")
+            trainer.train()
+            _check_training(trainer, original, routers)
+            after, num_tokens = self._count(trainer, probe_set, "expert selection after")
+        if keep_tuned_router:
+            with torch.no_grad():
+                for layer, found in original.items():
+                    for parameter, tuned in zip(found, routers[layer], strict=True):
+                        parameter.copy_(tuned)
         return ExtenderReport(
             before=before,
             after=after,
@@ -151,12 +158,12 @@ class Extender:
             settings={"steps": steps, "learning_rate": learning_rate, "batch_size": batch_size, COEF: coef},
         )
 
-    def _router_parameters(self) -> dict[int, list[nn.Parameter]]:
+    def _routers(self, model: nn.Module) -> dict[int, list[nn.Parameter]]:
         """Layer → what trains there: all of the router but corrections, which no gradient reaches."""
         return {
             layer: [
                 parameter
-                for name, parameter in self.model.get_submodule(block.router).named_parameters()
+                for name, parameter in model.get_submodule(block.router).named_parameters()
                 if "correction" not in name
             ]
             for layer, block in self._blocks.items()
@@ -176,20 +183,20 @@ class Extender:
 
     def _balance(self, trainer: Trainer, probe_set: Any, wanted: float | None) -> float:
         """Turn the model's own load-balancing loss on or off; returns its weight."""
-        configs = [config for config in configs_of(self.model) if hasattr(config, COEF)]
-        config: Any = getattr(self.model, "config", None)
+        configs = [config for config in configs_of(trainer.model) if hasattr(config, COEF)]
+        config: Any = getattr(trainer.model, "config", None)
         first = config.get_text_config() if hasattr(config, "get_text_config") else config
         known = next((getattr(c, COEF) for c in (first, *configs) if getattr(c, COEF, None) is not None), None)
         coef = wanted if wanted is not None else (known or 0.0)
-        for holder in [*configs, *(module for module in self.model.modules() if hasattr(module, COEF))]:
+        for holder in [*configs, *(module for module in trainer.model.modules() if hasattr(module, COEF))]:
             setattr(holder, COEF, coef)
-        for config in configs_of(self.model):
+        for config in configs_of(trainer.model):
             if hasattr(config, FLAG):
                 setattr(config, FLAG, coef > 0)
         if coef and not self._has_balance_loss(trainer, probe_set):
             if wanted is not None:
                 raise ValueError(
-                    f"{type(self.model).__name__} has no load-balancing loss of its own, so router_aux_loss_coef={wanted} "
+                    f"{type(trainer.model).__name__} has no load-balancing loss of its own, so router_aux_loss_coef={wanted} "
                     "would have no effect. Leave it out, or set it to 0."
                 )
             coef = 0.0
@@ -203,12 +210,12 @@ class Extender:
     def _forward(self, trainer: Trainer, batch: dict[str, Any]) -> Any:
         """The model's output, in evaluation mode and in the precision of training."""
         inputs = {name: value for name, value in batch.items() if name != "labels"}
-        if "logits_to_keep" in inspect.signature(type(self.model).forward).parameters:
+        if "logits_to_keep" in inspect.signature(type(trainer.model).forward).parameters:
             inputs["logits_to_keep"] = 1
-        self.model.eval()
+        trainer.model.eval()
         # training leaves its autocast on the model's forward; before that nothing is there yet
         with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
-            return self.model(**inputs)
+            return trainer.model(**inputs)
 
     def _count(self, trainer: Trainer, probe_set: Any, description: str) -> tuple[dict[int, list[int]], int]:
         """Layer → how often each expert is chosen on the probe set, and the number of its tokens, of all processes."""
@@ -227,7 +234,7 @@ class Extender:
         trainer.accelerator.even_batches = False
         loader = trainer.get_eval_dataloader(probe_set)
         is_silent = trainer.args.disable_tqdm or not trainer.is_local_process_zero()
-        with listen_to_routers(self.model, listen):
+        with listen_to_routers(trainer.model, listen):
             for batch in tqdm(loader, desc=description, disable=is_silent):
                 self._forward(trainer, batch)
         trainer.accelerator.even_batches = True
@@ -242,30 +249,36 @@ class Extender:
             )
         return by_layer, int(parts[-1])
 
-    def _check_training(self, trainer: Trainer, snapshot: Snapshot, routers: dict[int, list[nn.Parameter]]) -> None:
-        """Refuse routers from which nothing can be learned."""
-        steps = trainer.args.max_steps
-        if trainer.state.global_step < steps:
-            raise RuntimeError(
-                f"Training ended after {trainer.state.global_step} of {steps} steps: the training set gave no more batches."
-            )
-        broken = [layer for layer, found in routers.items() if not all(p.isfinite().all() for p in found)]
-        if broken:
-            raise FloatingPointError(
-                f"The routers of layers {broken} are not finite after {steps} steps. Lower the learning rate "
-                f"({trainer.args.learning_rate})."
-            )
-        changed = snapshot.changed()
-        still = [layer for layer, found in routers.items() if not any(id(p) in changed for p in found)]
-        if len(still) == len(routers):
-            raise RuntimeError(
-                f"No router has changed in {steps} steps at learning rate {trainer.args.learning_rate}: no gradient has "
-                "reached them, or each update was smaller than their precision. Make sure that labels are not -100 "
-                "everywhere. Where a router gives its only chosen expert the weight 1, only the load-balancing loss moves "
-                "it: set router_aux_loss_coef."
-            )
-        if still:
-            logger.warning(f"The routers of layers {still} have not changed in {steps} steps; their shift is 0.")
+
+def _check_training(
+    trainer: Trainer, original: dict[int, list[nn.Parameter]], routers: dict[int, list[nn.Parameter]]
+) -> None:
+    """Refuse routers from which nothing can be learned."""
+    steps = trainer.args.max_steps
+    if trainer.state.global_step < steps:
+        raise RuntimeError(
+            f"Training ended after {trainer.state.global_step} of {steps} steps: the training set gave no more batches."
+        )
+    broken = [layer for layer, found in routers.items() if not all(p.isfinite().all() for p in found)]
+    if broken:
+        raise FloatingPointError(
+            f"The routers of layers {broken} are not finite after {steps} steps. Lower the learning rate "
+            f"({trainer.args.learning_rate})."
+        )
+    still = [
+        layer
+        for layer, found in routers.items()
+        if all(torch.equal(new.to(old), old) for new, old in zip(found, original[layer], strict=True))
+    ]
+    if len(still) == len(routers):
+        raise RuntimeError(
+            f"No router has changed in {steps} steps at learning rate {trainer.args.learning_rate}: no gradient has "
+            "reached them, or each update was smaller than their precision. Make sure that labels are not -100 "
+            "everywhere. Where a router gives its only chosen expert the weight 1, only the load-balancing loss moves "
+            "it: set router_aux_loss_coef."
+        )
+    if still:
+        logger.warning(f"The routers of layers {still} have not changed in {steps} steps; their shift is 0.")
 
 
 def _check_model(model: nn.Module) -> None:
@@ -294,9 +307,9 @@ def _known_blocks(model: nn.Module) -> dict[int, MoeBlock]:
     blocks, refused = find_moe_blocks(model)
     for layer, block in list(blocks.items()):
         router = model.get_submodule(block.router)
-        routing = probe(router, block, num_groups(router))
-        if isinstance(routing, str):
-            refused.append(f"'{block.router}' ({type(router).__name__}) {routing}")
+        problem = probe(router, block).problem
+        if problem:
+            refused.append(f"'{block.router}' ({type(router).__name__}) {problem}")
             del blocks[layer]
         elif not all(parameter.is_floating_point() for parameter in router.parameters()):
             refused.append(f"'{block.router}' ({type(router).__name__}) is quantised and cannot be trained.")
@@ -346,3 +359,79 @@ def _pad_and_stack(rows: list[dict[str, Any]], *, pad: Any, of_text: set[str]) -
             )
         batch[name] = torch.stack(tensors)
     return batch
+
+
+def _twin(model: nn.Module, own: set[int]) -> nn.Module:
+    """A copy of a model, whose parameters lie in the memory of the model but for those with these `id`s."""
+    shared = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters() if id(p) not in own}
+    return copy.deepcopy(model, shared)  # type: ignore[arg-type]
+
+
+@contextmanager
+def _same_random_state() -> Iterator[None]:
+    """Whatever happens inside, Python, numpy and torch (on all CUDA devices) then go on drawing as if it had not."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)
+
+
+def training_arguments(
+    args: TrainingArguments | None, folder: str, steps: int, learning_rate: float, batch_size: int
+) -> TrainingArguments:
+    """A copy of `args` that trains for so many steps and saves nothing; without `args` those of the paper's code.
+
+    Raises:
+        ValueError: `args` shards the model.
+    """
+    from transformers import TrainingArguments
+
+    if args is None:
+        args = TrainingArguments(
+            folder,
+            lr_scheduler_type="cosine",
+            warmup_steps=round(WARMUP_SHARE * steps),
+            logging_steps=max(1, steps // 20),
+            report_to="none",
+        )
+    if args.deepspeed or args.fsdp:
+        raise ValueError(SHARDED)
+    args = copy.copy(args)
+    args.max_steps, args.learning_rate = steps, learning_rate
+    args.per_device_train_batch_size = args.per_device_eval_batch_size = batch_size
+    args.save_strategy = args.eval_strategy = "no"
+    args.do_eval = args.eval_on_start = False
+    args.load_best_model_at_end = args.push_to_hub = args.dataloader_drop_last = False
+    return args
+
+
+def _router_trainer(model: nn.Module, args: TrainingArguments, **kwargs: Any) -> Trainer:
+    """A `Trainer` that stops at a loss that is not finite, which the logs of a plain one filter out, and trains no router on
+    rounding.
+
+    Raises:
+        ValueError: the launcher shards the model.
+    """
+    from transformers import Trainer  # imports datasets, which importing this package must not
+
+    class RouterTrainer(Trainer):
+        def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            loss = super().training_step(*args, **kwargs)
+            if not torch.isfinite(loss):
+                raise FloatingPointError(
+                    f"The loss is {loss.item()} in step {self.state.global_step + 1}. Make sure that every batch has labels "
+                    f"that are not -100, or lower the learning rate ({self.args.learning_rate})."
+                )
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(parameter.grad.norm() >= NOISE)
+            return loss
+
+    trainer = RouterTrainer(model, args, **kwargs)
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        raise ValueError(SHARDED)
+    return trainer

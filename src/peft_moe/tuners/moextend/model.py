@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,18 +13,17 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from ...pretrained_moe import BASE, MoeBlock, base_of, find_moe_blocks, probe
-from ...pretrained_moe.blocks import EXPERTS_NAME
+from ...foreign_moe import BASE, EXPERTS_NAME, MoeBlock, RouterProbe, base_of, find_moe_blocks, probe
 from ..base import MoeTuner
 from ..structure import is_sharded
-from .calibration import measure_scoring, warn_of_fixed_weights
 from .config import MoExtendConfig
-from .enlarge import check_enlargeable, enlarge, plan_pads
-from .layer import MERGE_IN_PLACE_IS_IMPOSSIBLE, MoExtendExperts, MoExtendLayer, MoExtendRouter
-from .native_router_logits import close_native_router_logits, open_native_router_logits
-from .padding import PadRequest
+from .enlarge import check_enlargeable, enlarge
+from .experts import MoExtendExperts
+from .layer import MERGE_IN_PLACE_IS_IMPOSSIBLE, MoExtendLayer
+from .router import MoExtendRouter
 
 
+FLAG = "output_router_logits"
 RESERVED_NAMES = (BASE, EXPERTS_NAME)
 LEAST_THAT_LEARNS = -10.0
 """guard_offset at which the gradient of a balance loss of 0.001 is about the epsilon of Adam, 1e-8"""
@@ -56,7 +55,7 @@ class MoExtendModel(MoeTuner):
     tags = ("peft_moe", "moextend")
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Inject an adapter as PEFT does; `output_router_logits` then goes past the model's own load-balancing loss."""
+        """Inject an adapter as PEFT does; the model's own load-balancing loss is then kept out of its loss."""
         if adapter_name in RESERVED_NAMES:
             raise ValueError(
                 f"An adapter of MoExtend cannot be called {adapter_name!r}, which means a part of the base model: its expert "
@@ -65,14 +64,13 @@ class MoExtendModel(MoeTuner):
         # fields are filled in below, and the caller may use the same object for another base model
         self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        open_native_router_logits(model, self.recorder)
+        keep_native_loss_out(model)
 
     def _prepare_adapter_config(self, peft_config: MoExtendConfig, model_config: dict[str, Any]) -> MoExtendConfig:
         """Find the blocks and check everything before the first one is touched."""
         self._check_whole()
         self._blocks = self._wanted_blocks(peft_config)
-        for block in self._blocks:
-            self._check_block(peft_config, block)
+        self._probes = {block.layer: self._check_block(peft_config, block) for block in self._blocks}
         found = {block.layer: block.num_experts for block in self._blocks}
         if peft_config.base_num_experts is not None and peft_config.base_num_experts != found:
             raise ValueError(
@@ -86,7 +84,7 @@ class MoExtendModel(MoeTuner):
         if is_new and not peft_config.inference_mode:
             warn_of_a_guard_for_good(peft_config)
             if peft_config.calibration == "released_code":
-                warn_of_fixed_weights(self.model, self._blocks)
+                warn_of_fixed_weights(self._probes)
         self._announce_sources(peft_config, is_new=is_new)
         peft_config.target_modules = {name for block in self._blocks for name in (block.router, block.experts)}  # type: ignore[assignment]
         return peft_config
@@ -125,7 +123,7 @@ class MoExtendModel(MoeTuner):
             )
         return [block for layer, block in sorted(blocks.items()) if wanted is None or layer in wanted]
 
-    def _check_block(self, config: MoExtendConfig, block: MoeBlock) -> None:
+    def _check_block(self, config: MoExtendConfig, block: MoeBlock) -> RouterProbe:
         router = base_of(self.model.get_submodule(block.router))
         for name in (block.router, block.experts):
             layer = self.model.get_submodule(name)
@@ -141,14 +139,13 @@ class MoExtendModel(MoeTuner):
                     f"'{name}.{quantised[0]}' is quantised, and a row or an expert that trains cannot be added to it. "
                     f"{KEEP_ROUTERS_OUT}"
                 )
-        num_new = config.num_new_experts_in(block.layer)
-        routing = probe(router, block, num_new)
-        if isinstance(routing, str):
+        found = probe(router, block, config.num_new_experts_in(block.layer))
+        if found.problem:
             raise ValueError(
-                f"'{block.router}' ({type(router).__name__}) {routing}. Without that MoExtend cannot extend this router."
-                + ("" if "num_new_experts" in routing else " Newer versions of transformers lay out more families.")
+                f"'{block.router}' ({type(router).__name__}) {found.problem}. Without that MoExtend cannot extend this router."
+                + ("" if "num_new_experts" in found.problem else " Newer versions of transformers lay out more families.")
             )
-        if config.init == "copy_guarded" and isinstance(probe(router, block, num_new, has_offset=True), str):
+        if config.init == "copy_guarded" and not found.takes_offset:
             raise ValueError(
                 f"'{block.router}' ({type(router).__name__}) has no place for the offset of copy_guarded: it does more with "
                 "its input than to multiply it by one matrix. Use another init."
@@ -159,12 +156,13 @@ class MoExtendModel(MoeTuner):
                 f"copy_sources[{block.layer}] names expert {wrong[0]}, but '{block.experts}' has {block.num_experts} "
                 f"experts, counted from 0 to {block.num_experts - 1}."
             )
-        if config.calibration == "released_code" and measure_scoring(router, block) is None:
+        if config.calibration == "released_code" and found.scoring is None:
             raise ValueError(
                 f"calibration='released_code' corrects probabilities, but the weights of '{block.router}' "
                 f"({type(router).__name__}) are proportional neither to the softmax nor to the sigmoid of its logits. Use "
                 "calibration='paper' or None."
             )
+        return found
 
     def _note_router(self, config: MoExtendConfig) -> None:
         """Say so where an adapter of this shape was made for routers of another family."""
@@ -207,14 +205,13 @@ class MoExtendModel(MoeTuner):
         layer = target
         if not isinstance(layer, MoExtendLayer):
             if current_key == block.router:
-                layer = MoExtendRouter(target, block, self.recorder, self.aux_loss)
+                layer = MoExtendRouter(target, block, self._probes[block.layer], self.recorder, self.aux_loss)
             else:
                 layer = MoExtendExperts(target, block)
             layer._active_adapter = adapter_name
             layer.train(target.training)
         if isinstance(layer, MoExtendRouter):
-            correction = None if block.correction is None else _tensor(self.model, block.correction)
-            layer.update_layer(adapter_name, peft_config, correction=correction)
+            layer.update_layer(adapter_name, peft_config, correction=block.correction_in(self.model))
         else:
             layer.update_layer(adapter_name, peft_config)
         if layer is not target:
@@ -236,7 +233,7 @@ class MoExtendModel(MoeTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
         *,
-        pad_experts: PadRequest = False,
+        pad_experts: bool = False,
     ) -> nn.Module:
         """A plain model with larger experts and routers, which loads without this package.
 
@@ -244,24 +241,23 @@ class MoExtendModel(MoeTuner):
             progressbar (`bool`): as in PEFT.
             safe_merge (`bool`): look for values that are not finite first.
             adapter_names (`list[str]`, *optional*): what to merge; by default the active adapters.
-            pad_experts (`bool` or `Iterable[Mapping[str, Any]]`):
+            pad_experts (`bool`):
                 What to do where layers get different numbers of new experts, and the configuration of the model has one
-                number for all. `False` raises. `True` fills up with experts of weight 0 that are never chosen, where the
-                router has a bias or a correction for each expert, or chooses a single one; elsewhere it raises. Batches of
-                model inputs do so for every router: they are run once, and a pad is never chosen on what was measured.
+                number for all. `False` raises. `True` fills up with experts that change no output, whatever the input is;
+                that takes a router with a bias or a correction for each expert, or one that chooses a single expert of
+                weight 1. For other routers it raises too.
 
         Raises:
             ValueError: with the reasons why no plain model computes the same.
         """
-        if not isinstance(pad_experts, bool | Iterable) or isinstance(pad_experts, str | Mapping):
+        if not isinstance(pad_experts, bool):
             raise ValueError(
-                "pad_experts must be a bool or an iterable of batches, each a dictionary of what the model takes, but is "
-                f"{type(pad_experts).__name__}. Put a single batch into a list."
+                f"pad_experts must be True or False, but is {type(pad_experts).__name__}. Pads are exact or refused; none are "
+                "measured on batches."
             )
         names = list(adapter_names or self.active_adapters)
-        num_pads = check_enlargeable(self.model, names, safe_merge=safe_merge, is_padded=pad_experts is not False)
+        pads = check_enlargeable(self.model, names, safe_merge=safe_merge, pad_experts=pad_experts)
         with self._only_active(names):
-            pads = plan_pads(self.model, names, num_pads, pad_experts)
             enlarge(self.model, names, pads)
             return self._unload_and_optionally_merge(False, progressbar=progressbar)
 
@@ -283,7 +279,10 @@ class MoExtendModel(MoeTuner):
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         if merge:
             return self.merge_and_unload(*args, **kwargs)
-        close_native_router_logits(self.model)
+        for handle, hook in list(self.model._forward_pre_hooks.items()):
+            if isinstance(hook, _KeepNativeLossOut):
+                del self.model._forward_pre_hooks[handle]
+                self.model._forward_pre_hooks_with_kwargs.pop(handle, None)
         return super()._unload_and_optionally_merge(False, *args, **kwargs)
 
 
@@ -304,8 +303,51 @@ def is_quantised(parameter: torch.Tensor) -> bool:
     return not parameter.is_floating_point() or type(parameter.data).__module__.startswith("torchao.")
 
 
-def _tensor(model: nn.Module, name: str) -> torch.Tensor:
-    """A parameter or a buffer by its full name."""
-    owner, _, own = name.rpartition(".")
-    tensor: torch.Tensor = getattr(model.get_submodule(owner), own)
-    return tensor
+def warn_of_fixed_weights(probes: Mapping[int, RouterProbe]) -> None:
+    """Warn of routers that give their only chosen expert a fixed weight, which `"released_code"` cannot change."""
+    fixed = [layer for layer, found in probes.items() if (s := found.scoring) and s.is_single and s.is_normalized]
+    if fixed:
+        warnings.warn(
+            f"calibration='released_code' shares out a fixed sum of weights among the chosen experts, but the routers of layers "
+            f"{fixed} choose one expert per token, so it changes nothing there and does not train. Use calibration='paper' or "
+            "None.",
+            stacklevel=2,
+        )
+
+
+class _KeepNativeLossOut:
+    """Forward pre-hook of a model with a head, whose own load-balancing loss would count twice, or fail.
+
+    That loss counts the E experts of the configuration in every layer, and stacks the logits of all layers, which have
+    E + N entries where experts are new. What balances the extended layers is the loss of `MoExtendConfig`, which needs
+    nothing of the head. A head that balances in training without being asked (`MoeLlava`) is called with the
+    `output_router_logits=False` that it offers for this; whoever asks for logits is told why.
+    """
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        config = getattr(module, "config", None)
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        is_asked = kwargs.get(FLAG)
+        if is_asked is None:
+            is_asked = getattr(config, FLAG, False)
+        balances_unasked = module.training and getattr(module, "balances_in_training", False)
+        if not (is_asked or balances_unasked):
+            return None
+        if not any(isinstance(inner, MoExtendRouter) and inner.acting() for inner in module.modules()):
+            return None
+        if is_asked:
+            raise ValueError(
+                f"{type(module).__name__} was asked for router logits ({FLAG}=True, in the call or in its configuration), for "
+                "a load-balancing loss of its own that counts the experts of the base model only. Set it to False: the loss of "
+                "MoExtendConfig acts without it, and get_aux_loss(model) gives its value. The logits alone are returned by the "
+                f"backbone without the head, called with {FLAG}=True."
+            )
+        return args, {**kwargs, FLAG: False}
+
+
+def keep_native_loss_out(model: nn.Module) -> None:
+    """Install the hook, unless it is there or `model` is a backbone without a head."""
+    backbone = getattr(model, "base_model", None)
+    is_there = any(isinstance(hook, _KeepNativeLossOut) for hook in model._forward_pre_hooks.values())
+    if isinstance(backbone, nn.Module) and backbone is not model and not is_there:
+        model.register_forward_pre_hook(_KeepNativeLossOut(), with_kwargs=True)

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from ...aux_loss import AUX_LOSS_TYPES, SCOPES
-from ...routing import GATE_SCALES
-from ..lora_config import (
-    LoraExpertsConfig,
-    choice_problems,
-    count_problems,
-    float32_problems,
-    is_number,
-    is_positive_int,
-)
+from ..config import Count, CountByName, Float32, NotNegative, Share, Targets
+from ..lora_config import LoraExpertsConfig, as_set
 
 
 ATTENTION = "attention"
@@ -25,16 +16,16 @@ ATTENTION = "attention"
 class MoLEConfig(LoraExpertsConfig):
     """Configuration of a [`MoLEModel`]: every MLP gets a router and a few LoRA experts, each token uses its best ones.
 
-    After LLaVA-MoLE (https://huggingface.co/papers/2401.16160). `docs/methods/mole.md` maps the symbols of the paper to
-    these fields and lists every place where paper and released code differ.
+    After LLaVA-MoLE (https://huggingface.co/papers/2401.16160). `docs/methods/mole.md` maps the symbols of the paper
+    to these fields and lists every place where paper and released code differ.
 
     Args:
         num_experts (`int`):
             LoRA experts per MLP (E). Paper: 3. With 1 there is no router, MoLE is LoRA, and the fields about routing
             have no effect.
         top_k (`int`):
-            Experts per token (K). Paper: 1. The default of 2, weighted by probability, was better on real data in every
-            seed (`docs/log.md`).
+            Experts per token (K). Paper: 1. The default of 2, weighted by probability, was better on real data in
+            every seed (`benchmarks/studies/log.md`).
         r (`int`):
             Rank of each expert. Released code: 32.
         lora_alpha (`int`):
@@ -47,14 +38,15 @@ class MoLEConfig(LoraExpertsConfig):
             Linears that get experts: names, name endings, a regular expression, or `"all-linear"`. By default the
             linears of every MLP of the (text) model, found by their structure.
         lora_target_modules (`Union[list[str], str]`, *optional*):
-            Linears that get one ordinary LoRA of the same rank. `"attention"` (default, as in the paper) finds those of
-            the attention blocks; `None` turns it off.
+            Linears that get one ordinary LoRA of the same rank. `"attention"` (default, as in the paper) finds those
+            of the attention blocks; `None` turns it off.
         router_scope (`"mlp"` or `"module"`):
             One router per MLP, which reads the MLP's input and is shared by its linears (default, paper), or one per
             linear.
         gate_scale (`"none"`, `"straight_through"` or `"prob"`):
             What an expert's output is multiplied with: 1 (paper), 1 with a gradient to the router, or its probability
-            (default, `docs/log.md`). With `"none"` routers learn from the router losses only, one of which must be on.
+            (default, `benchmarks/studies/log.md`). With `"none"` routers learn from the router losses only, one of
+            which must be on.
         soft (`bool`):
             Use all experts, weighted by probability (the released inference). `top_k` and `gate_scale` are ignored.
         normalize_top_k (`bool`):
@@ -74,9 +66,9 @@ class MoLEConfig(LoraExpertsConfig):
         router_aux_loss_type (`"switch"`, `"pooled"` or `"mole"`):
             Its form, see [`~peft_moe.aux_loss.load_balancing_loss`]. `"mole"` is that of the released code.
         router_aux_loss_scope (`"process"` or `"global"`):
-            Whose tokens are balanced in a distributed run: those of each process by itself, or those of all processes in
-            the same forward pass, by two small all-reduces. `"global"` lets a process specialise on the kind of data that
-            it happens to get, and is not for `"mole"`, which balances each sample by itself.
+            Whose tokens are balanced in a distributed run: those of each process by itself, or those of all processes
+            in the same forward pass, by two small all-reduces. `"global"` lets a process specialise on the kind of
+            data that it happens to get, and is not for `"mole"`, which balances each sample by itself.
         router_z_loss_coef (`float`):
             Weight of the router z-loss. 0 turns it off.
         num_experts_pattern (`dict[str, int]`):
@@ -86,8 +78,10 @@ class MoLEConfig(LoraExpertsConfig):
             Other ranks and alphas for linears whose name matches.
         exclude_modules (`Union[list[str], str]`, *optional*):
             Linears to leave alone.
-        layers_to_transform (`Union[list[int], int]`, *optional*), layers_pattern (`Union[list[str], str]`, *optional*):
+        layers_to_transform (`Union[list[int], int]`, *optional*):
             Only these layers of the module list that `layers_pattern` names.
+        layers_pattern (`Union[list[str], str]`, *optional*):
+            Name of that list.
         modules_to_save (`list[str]`, *optional*):
             Further modules to train in full and to save, e.g. a multi-modal projector.
         init_lora_weights (`bool` or `"gaussian"`):
@@ -112,9 +106,9 @@ class MoLEConfig(LoraExpertsConfig):
         ValueError: one or more fields do not make sense; all of them are named.
     """
 
-    num_experts: int = field(default=3, metadata={"help": "LoRA experts per MLP."})
-    top_k: int = field(default=2, metadata={"help": "Experts per token."})
-    lora_target_modules: list[str] | str | None = field(
+    num_experts: Count = field(default=3, metadata={"help": "LoRA experts per MLP."})
+    top_k: Count = field(default=2, metadata={"help": "Experts per token."})
+    lora_target_modules: Targets | None = field(
         default=ATTENTION, metadata={"help": "Linears that get one ordinary LoRA. Default: those of the attention."}
     )
     router_scope: Literal["mlp", "module"] = field(
@@ -126,20 +120,20 @@ class MoLEConfig(LoraExpertsConfig):
     soft: bool = field(default=False, metadata={"help": "Use all experts, weighted by probability."})
     normalize_top_k: bool = field(default=True, metadata={"help": "Make the weights of the chosen experts sum to 1."})
     router_bias: bool = field(default=True, metadata={"help": "Whether routers have a bias."})
-    router_init_std: float | None = field(
+    router_init_std: NotNegative | None = field(
         default=None, metadata={"help": "Width of the normal distribution of router weights. Default: as nn.Linear."}
     )
-    router_jitter_noise: float = field(default=0.0, metadata={"help": "Multiplicative noise on the router's input."})
-    router_dtype: str = field(default="float32", metadata={"help": "Routers compute in float32."})
-    router_aux_loss_coef: float = field(default=0.01, metadata={"help": "Weight of the load-balancing loss."})
+    router_jitter_noise: Share = field(default=0.0, metadata={"help": "Multiplicative noise on the router's input."})
+    router_dtype: Float32 = field(default="float32", metadata={"help": "Routers compute in float32."})
+    router_aux_loss_coef: NotNegative = field(default=0.01, metadata={"help": "Weight of the load-balancing loss."})
     router_aux_loss_type: Literal["switch", "pooled", "mole"] = field(
         default="switch", metadata={"help": "Form of the load-balancing loss."}
     )
     router_aux_loss_scope: Literal["process", "global"] = field(
         default="process", metadata={"help": "Balance the tokens of each process, or those of all processes."}
     )
-    router_z_loss_coef: float = field(default=0.0, metadata={"help": "Weight of the router z-loss."})
-    num_experts_pattern: dict[str, int] = field(
+    router_z_loss_coef: NotNegative = field(default=0.0, metadata={"help": "Weight of the router z-loss."})
+    num_experts_pattern: CountByName = field(
         default_factory=dict, metadata={"help": "Other numbers of experts for MLPs whose name matches."}
     )
 
@@ -154,67 +148,36 @@ class MoLEConfig(LoraExpertsConfig):
         "r",
         "lora_alpha",
     )
-    name_fields: ClassVar[tuple[str, ...]] = (*LoraExpertsConfig.name_fields, "lora_target_modules")
-    pattern_fields: ClassVar[tuple[str, ...]] = ("num_experts_pattern", *LoraExpertsConfig.pattern_fields)
-    flag_fields: ClassVar[tuple[str, ...]] = (
-        *LoraExpertsConfig.flag_fields,
-        "soft",
-        "normalize_top_k",
-        "router_bias",
-    )
 
     def __post_init__(self) -> None:
+        self.lora_target_modules = as_set(self.lora_target_modules)
         super().__post_init__()
         self.router_dtype = "float32"
 
-    def _problems(self) -> list[str]:
-        problems = count_problems(self, "num_experts", "top_k", "r")
-        if not problems and not self.soft and self.top_k > self.num_experts > 1:
+    def _contradictions(self) -> list[str]:
+        problems = super()._contradictions()
+        if self.top_k > self.num_experts > 1 and not self.soft:
             problems.append(
-                f"top_k must be at most num_experts, but top_k is {self.top_k} and num_experts is "
-                f"{self.num_experts}. Lower top_k, or add experts."
+                f"top_k must be at most num_experts, but top_k is {self.top_k} and num_experts is {self.num_experts}. "
+                "Lower top_k, or add experts."
             )
-        pattern = self.num_experts_pattern if isinstance(self.num_experts_pattern, dict) else {}
         problems += [
             f"num_experts_pattern[{key!r}] is {value}, which is less than top_k={self.top_k}."
-            for key, value in pattern.items()
-            if is_positive_int(self.top_k) and is_positive_int(value) and 1 < value < self.top_k and not self.soft
+            for key, value in self.num_experts_pattern.items()
+            if 1 < value < self.top_k and not self.soft
         ]
-        if not is_number(self.router_jitter_noise) or not 0 <= self.router_jitter_noise < 1:
-            problems.append(f"router_jitter_noise must be in [0, 1), but is {self.router_jitter_noise!r}.")
-        problems += [
-            f"{name} must be a number and not negative, but is {getattr(self, name)!r}."
-            for name in ("router_aux_loss_coef", "router_z_loss_coef", "router_init_std")
-            if not (name == "router_init_std" and self.router_init_std is None)
-            and not (is_number(getattr(self, name)) and 0 <= getattr(self, name) < math.inf)
-        ]
-        problems += choice_problems(
-            self,
-            {
-                "gate_scale": GATE_SCALES,
-                "router_scope": ("mlp", "module"),
-                "router_aux_loss_type": AUX_LOSS_TYPES,
-                "router_aux_loss_scope": SCOPES,
-            },
-        )
-        problems += float32_problems(self, "router_dtype")
-        has_routers = any(count != 1 for count in (self.num_experts, *pattern.values()))
+        has_routers = any(count != 1 for count in (self.num_experts, *self.num_experts_pattern.values()))
         has_router_loss = self.router_aux_loss_coef or self.router_z_loss_coef
         if self.gate_scale == "none" and has_routers and not (self.soft or has_router_loss or self.inference_mode):
             problems.append(
-                "gate_scale='none' together with router_aux_loss_coef=0 and router_z_loss_coef=0 leaves routers without any "
-                "gradient: they would stay as they are initialised. Use gate_scale='prob' or 'straight_through', or give "
-                "one of the two losses a coefficient."
+                "gate_scale='none' together with router_aux_loss_coef=0 and router_z_loss_coef=0 leaves routers "
+                "without any gradient: they would stay as they are initialised. Use gate_scale='prob' or "
+                "'straight_through', or give one of the two losses a coefficient."
             )
-        if pattern and self.router_aux_loss_type != "switch" and self.router_aux_loss_coef:
+        if self.num_experts_pattern and self.router_aux_loss_type != "switch" and self.router_aux_loss_coef:
             problems.append(
                 f"router_aux_loss_type={self.router_aux_loss_type!r} pools all routers and needs the same number of "
                 "experts everywhere. Use 'switch' together with num_experts_pattern."
-            )
-        if self.router_aux_loss_scope == "global" and self.router_aux_loss_type == "mole":
-            problems.append(
-                "router_aux_loss_scope='global' has no meaning with router_aux_loss_type='mole', which balances each sample "
-                "by itself. Use 'switch' or 'pooled', or leave router_aux_loss_scope out."
             )
         return problems
 
