@@ -345,6 +345,12 @@ class TestPromptsOfChatTemplates:
         batch = encoded(tokenizer, [[SECOND], [SECOND, ANSWER, FIRST]])
         assert PromptReader(tokenizer).read(**batch) == ["And how many?"] * 2
 
+    def test_a_turn_that_ends_a_text_may_be_closed_by_less_than_one_before_an_answer(self):
+        template = "{% for message in messages %}[{{ message['role'] }}: {{ message['content'] }}]{% endfor %}"
+        tokenizer = byte_tokenizer(template)
+        batch = encoded(tokenizer, [[SECOND], [SYSTEM, SECOND], [SECOND, ANSWER, FIRST]])
+        assert PromptReader(tokenizer).read(**batch) == ["And how many?"] * 3
+
     def test_a_template_without_a_mark_behind_the_user_is_refused(self):
         template = "{% for message in messages %}{{ 'Q: ' + message['content'] + '\n' }}{% endfor %}"
         with pytest.raises(ValueError, match="nothing behind the text of a user.*instruction_pattern.*cluster_ids"):

@@ -17,6 +17,7 @@ USER_ROLES = ("user", "human")
 IGNORED_LABEL = -100
 SYSTEM, USER, ANSWER = "generalbehaviour", "firstquestion", "firstanswer"
 """texts of a marked turn: without whitespace, which templates strip, and in no template's own words"""
+GENERATION_PROMPT = "generation prompt"
 ROLES = {SYSTEM: "system", USER: "user", ANSWER: "assistant"}
 WAYS_OUT = (
     r"Give instruction_pattern, a regular expression with one group around the instruction, such as "
@@ -145,9 +146,9 @@ class PromptReader:
     r"""Reads the instruction back out of the token ids that a model receives.
 
     For prompts made with the chat template of the tokenizer the result equals [`instruction_text`] of the chat, with
-    or without system prompt, answer, further turns, padding and repeated image tokens. The template is rendered once
-    with a marked turn (and once more behind a marked system prompt); what it writes around the marks is looked for in
-    the prompt, and the first user turn counts.
+    or without system prompt, answer, further turns, padding and repeated image tokens. One marked turn is
+    rendered with the template (with and without an answer, and behind a marked system prompt); what stands around the
+    marks is looked for in the prompt, and the first user turn counts.
 
     Without template and pattern the whole text counts, without special tokens; where labels are given, only the tokens
     before the first label that is not -100, so that the answer does not take part. So does a text in which nothing of
@@ -263,22 +264,21 @@ class _MarkedTurn:
     @classmethod
     def render(cls, template_owner: Any, special: re.Pattern[str], start_token: str) -> _MarkedTurn:
         """The marks of a template. Prompts may come without the token that starts a text."""
-        rendered = _render(template_owner, USER, ANSWER) or _render(template_owner, USER)
-        if rendered is None:
+        turns = ((USER, ANSWER), (USER, GENERATION_PROMPT), (USER,))
+        rendered = [text for marks in turns if (text := _render(template_owner, *marks)) is not None]
+        if not rendered:
             raise ValueError(f"The chat template of the tokenizer cannot be rendered with a user turn. {WAYS_OUT}")
-        before, _, behind = rendered.partition(USER)
-        before = before.removeprefix(start_token).strip()
-        after = behind.partition(ANSWER)[0].strip()
-        # generation prompts and the end of a text differ from what stands before an answer, but not where it begins
-        if token := special.search(after):
-            after = after[: token.start()].strip() or token.group()
-        for mark, place in ((before, "before"), (after, "behind")):
-            if not mark:
+        before = rendered[0].partition(USER)[0].removeprefix(start_token).strip()
+        # what follows differs between an answer, a generation prompt and the end of a text
+        ends = {_mark_behind_user(text, special) for text in rendered} - {""}
+        for is_marked, place in ((before, "before"), (ends, "behind")):
+            if not is_marked:
                 raise ValueError(
                     f"The chat template of the tokenizer writes nothing {place} the text of a user by which it can be "
                     f"told from the rest of a prompt. {WAYS_OUT}"
                 )
         opening = _loosely(before)
+        closing = "|".join(_loosely(end) for end in sorted(ends, key=len, reverse=True))
         with_system = _render(template_owner, SYSTEM, USER, ANSWER) or _render(template_owner, SYSTEM, USER) or ""
         head, _, behind_system = with_system.partition(USER)[0].removeprefix(start_token).partition(SYSTEM)
         if behind_system.strip() and head.strip().startswith(before):
@@ -288,26 +288,33 @@ class _MarkedTurn:
         elif behind_system.strip():
             # this alone also finds the turn behind a system prompt of the template's own, which may hold the date
             opening = f"(?:{_loosely(behind_system)}|{opening})"
-        tokens = {match.group() for match in special.finditer(before + after)}
+        tokens = {match.group() for match in special.finditer(before + "".join(ends))}
         traces = "|".join(map(re.escape, sorted(tokens)))
         return cls(
             before,
-            re.compile(rf"{opening}(.*?)(?:{_loosely(after)}|\Z)", re.DOTALL),
-            re.compile("|".join(filter(None, (opening, _loosely(after), traces))), re.DOTALL),
+            re.compile(rf"{opening}(.*?)(?:{closing}|\Z)", re.DOTALL),
+            re.compile("|".join(filter(None, (opening, closing, traces))), re.DOTALL),
         )
+
+
+def _mark_behind_user(text: str, special: re.Pattern[str]) -> str:
+    """What a rendered turn has behind the user's text: up to the first special token, or that token."""
+    behind = text.partition(USER)[2].partition(ANSWER)[0].strip()
+    token = special.search(behind)
+    return behind if token is None else behind[: token.start()].strip() or token.group()
 
 
 def _render(template_owner: Any, *marks: str) -> str | None:
     """The marks as the texts of a chat; `None` if the template refuses it, or does not write them in this order."""
-    parts = [[{"type": "text", "text": mark}] for mark in marks]
-    for contents in (marks, parts):
-        chat = [{"role": ROLES[mark], "content": content} for mark, content in zip(marks, contents, strict=True)]
-        is_open = marks[-1] == USER
+    is_open = GENERATION_PROMPT in marks
+    texts = [mark for mark in marks if mark != GENERATION_PROMPT]
+    for contents in (texts, [[{"type": "text", "text": text}] for text in texts]):
+        chat = [{"role": ROLES[text], "content": content} for text, content in zip(texts, contents, strict=True)]
         try:
             text = str(template_owner.apply_chat_template(chat, tokenize=False, add_generation_prompt=is_open))
         except Exception:  # a template is a foreign program and may raise anything
             continue
-        if re.search(".*".join(marks), text, re.DOTALL):
+        if re.search(".*".join(texts), text, re.DOTALL):
             return text
     return None
 
