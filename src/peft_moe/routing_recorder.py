@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -18,8 +18,7 @@ from .forward_context import ForwardContext, ForwardPass, get_context, install_c
 from .routing import RouterOutput
 
 
-@dataclass(frozen=True)
-class RoutingStatistics:
+class RoutingStatistics(NamedTuple):
     """Sums over the tokens that one router saw in one forward pass, per sample.
 
     Args:
@@ -42,12 +41,7 @@ class RoutingStatistics:
         """The same on another device, for routers of a model that is spread over several."""
         if self.num_tokens.device == device:
             return self
-        return RoutingStatistics(
-            self.expert_counts.to(device),
-            self.probability_sums.to(device),
-            self.squared_logsumexp_sums.to(device),
-            self.num_tokens.to(device),
-        )
+        return RoutingStatistics(*(part.to(device) for part in self))
 
 
 def routing_statistics(

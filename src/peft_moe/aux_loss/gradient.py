@@ -120,11 +120,9 @@ class GradientSource:
 
     def _differentiate(self) -> dict[str, RoutingStatistics]:
         leaves = {
-            name: RoutingStatistics(
-                entry.expert_counts,
-                entry.probability_sums.detach().requires_grad_(),
-                entry.squared_logsumexp_sums.detach().requires_grad_(),
-                entry.num_tokens,
+            name: entry._replace(
+                probability_sums=entry.probability_sums.detach().requires_grad_(),
+                squared_logsumexp_sums=entry.squared_logsumexp_sums.detach().requires_grad_(),
             )
             for name, entry in statistics_of(self.forward_pass)[self.adapter_name].items()
         }
@@ -135,7 +133,7 @@ class GradientSource:
             gradients = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
         pairs = zip(gradients[::2], gradients[1::2], strict=True)
         return {
-            name: RoutingStatistics(entry.expert_counts, probability, squared_logsumexp, entry.num_tokens)
+            name: entry._replace(probability_sums=probability, squared_logsumexp_sums=squared_logsumexp)
             for (name, entry), (probability, squared_logsumexp) in zip(leaves.items(), pairs, strict=True)
         }
 

@@ -243,9 +243,10 @@ def get_aux_loss(model: nn.Module) -> torch.Tensor:
             checkpointing), or its backward has begun already.
     """
     aux_loss = _find_aux_loss(model)
+    recorder = aux_loss.recorder
     if not aux_loss.functions:
         return torch.zeros(())
-    forward_pass = aux_loss.recorder.context.latest
+    forward_pass = recorder.context.latest
     if forward_pass is None:
         raise RuntimeError(
             "There is no auxiliary loss yet: no forward pass in training mode with gradients enabled has been run. "
@@ -254,7 +255,7 @@ def get_aux_loss(model: nn.Module) -> torch.Tensor:
     if not torch.is_grad_enabled():
         total = aux_loss.total(forward_pass, statistics_of(forward_pass))
         return torch.zeros(()) if total is None else total.detach()
-    total = aux_loss.total(forward_pass, aux_loss.recorder.live_statistics())
+    total = aux_loss.total(forward_pass, recorder.live_statistics())
     if total is None:
         raise RuntimeError(
             "The auxiliary loss of the last forward pass has no graph: either its backward has begun already, or "

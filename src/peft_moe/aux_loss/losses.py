@@ -88,9 +88,4 @@ def _add_up(statistics: Sequence[RoutingStatistics]) -> RoutingStatistics:
             f"Routers saw {sorted(samples)} samples in one forward pass, so their statistics cannot be pooled per "
             "sample. Use the load-balancing loss 'switch'."
         )
-    return RoutingStatistics(
-        expert_counts=torch.stack([entry.expert_counts for entry in statistics]).sum(dim=0),
-        probability_sums=torch.stack([entry.probability_sums for entry in statistics]).sum(dim=0),
-        squared_logsumexp_sums=torch.stack([entry.squared_logsumexp_sums for entry in statistics]).sum(dim=0),
-        num_tokens=torch.stack([entry.num_tokens for entry in statistics]).sum(dim=0),
-    )
+    return RoutingStatistics(*(torch.stack(parts).sum(dim=0) for parts in zip(*statistics, strict=True)))

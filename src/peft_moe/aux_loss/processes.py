@@ -50,13 +50,13 @@ def exchange(
     device = next(iter(own.values())).num_tokens.device
     _check_alike([(*key, entry.expert_counts.shape[-1]) for key, entry in own.items()], device)
     share = torch.as_tensor(label_share, dtype=torch.float32, device=device).reshape(1)
-    parts = [part.to(device) for entry in own.values() for part in _parts(entry)] + [share]
+    parts = [part.to(device) for entry in own.values() for part in entry] + [share]
     totals = torch.cat([part.flatten() for part in parts])
     dist.all_reduce(totals)
     found = iter(totals.split([part.numel() for part in parts]))
     elsewhere: dict[str, dict[str, RoutingStatistics]] = {}
     for (adapter, router), entry in own.items():
-        others = [next(found).view_as(part).to(part.device) - part for part in _parts(entry)]
+        others = [next(found).view_as(part).to(part.device) - part for part in entry]
         elsewhere.setdefault(adapter, {})[router] = RoutingStatistics(*others)
     return elsewhere, totals[-1] / num_processes()
 
@@ -89,19 +89,12 @@ def _check_alike(routers: list[tuple[str, str, int]], device: torch.device) -> N
         )
 
 
-def _parts(entry: RoutingStatistics) -> tuple[torch.Tensor, ...]:
-    return entry.expert_counts, entry.probability_sums, entry.squared_logsumexp_sums, entry.num_tokens
-
-
 def _summed(entry: RoutingStatistics) -> RoutingStatistics:
-    return RoutingStatistics(*(part.sum(dim=0, keepdim=True) for part in _parts(entry)))
+    return RoutingStatistics(*(part.sum(dim=0, keepdim=True) for part in entry))
 
 
 def _added(own: RoutingStatistics, others: RoutingStatistics) -> RoutingStatistics:
     factor = num_processes()
     return RoutingStatistics(
-        *(
-            factor * part - (factor - 1) * part.detach() + other
-            for part, other in zip(_parts(own), _parts(others), strict=True)
-        )
+        *(factor * part - (factor - 1) * part.detach() + other for part, other in zip(own, others, strict=True))
     )
