@@ -20,21 +20,29 @@ PYTEST := $(OFFLINE) OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/p
 # a file runs in one process, so that what its fixtures make is made once
 FAST := -m "not gpu and not slow" -n $(WORKERS) --dist loadfile --ignore=tests/conformance/peft --ignore=tests/upstream
 
-# another interpreter for machines where nothing can be installed: make bench-gpu GPU_PYTHON=python3 RESULTS=/some/folder
-# programs are compiled when they first run, which PYTEST_ARGS="-n 8" does side by side where pytest-xdist is there
+# Arguments: PYTEST_ARGS="-k router -x" goes to pytest, and WORKERS is how many processes it takes.
+#   make test PYTEST_ARGS='-m "slow and not gpu"'                      only the slow tests
+#   make test PYTEST_ARGS="--cov --cov-report=term:skip-covered"       the share of src/ that tests run
+#   make test-fast VERSIONS=floor, make test-all VERSIONS=newest       other versions, see tests/versions.py
+#   make bench-gpu BENCH=models                                        FFN experts and whole models instead of layers
+# GPU_PYTHON is another interpreter for machines where nothing can be installed: make bench-gpu GPU_PYTHON=python3 RESULTS=/some/folder
+# Programs are compiled when they first run, which PYTEST_ARGS="-n 8" does side by side where pytest-xdist is there.
+VERSIONS ?=
+BENCH ?= layers
 GPU_PYTHON ?= $(BIN)/python
 RESULTS ?= benchmarks/results
 GPU_TESTS = $(shell grep -rl --include='test_*.py' 'pytest.mark.gpu' tests)
+GPU_INSTALLED := $(if $(findstring $(VENV),$(GPU_PYTHON)),$(INSTALLED))
 WITH_SOURCE := PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH}
 BENCH_GPU := $(WITH_SOURCE) $(OFFLINE) timeout 590 $(GPU_PYTHON)
 
 .DEFAULT_GOAL := help
-.PHONY: help install assets test-assets demo test test-all test-fast test-slow test-gpu test-floor conformance test-versions errors coverage bench bench-gpu bench-gpu-models docs quality style build clean
+.PHONY: help install assets test-assets demo test test-fast test-all test-gpu conformance bench bench-gpu docs style quality build clean
 
 help:  ## list the targets
-	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-install: $(INSTALLED)  ## create .venv/ and install the package for development
+install: $(INSTALLED)
 
 $(BIN)/python:
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found: install Python 3.10 or newer, or name one with 'make PYTHON=...'."; exit 1; }
@@ -53,58 +61,50 @@ $(QUALITY_INSTALLED) $(DOCS_INSTALLED): $(VENV)/.%-$(KEY): $(INSTALLED)
 	@rm -f $(VENV)/.$*-*
 	@touch $@
 
-assets: $(INSTALLED)  ## fetch the pretrained model of the demo into a cache outside the checkout
+assets: $(INSTALLED)
 	@$(BIN)/python examples/pretrained.py
 
+demo: assets  ## fine-tune a pretrained language model with MoLE, reload it, plot its experts
+	@$(OFFLINE) $(BIN)/python examples/mole/demo.py
+
+ifneq ($(strip $(VERSIONS)),)
+test test-fast test-all:
+	@$(PYTHON) tests/versions.py --target $@ $(VERSIONS)
+else
+# what tests need from the network, in a cache outside the checkout
 test-assets: assets
 	@$(BIN)/python examples/pretrained.py minilm
 	@$(BIN)/python examples/moe_llava/data.py
 	@$(BIN)/python tests/upstream/fetch.py
 	@$(BIN)/python tests/distributed/fetch_deepspeed.py
 
-demo: assets  ## fine-tune a pretrained language model with MoLE, reload it, plot its experts
-	@$(OFFLINE) $(BIN)/python examples/mole/demo.py
-
-test: test-assets  ## the tests that need no GPU, in less than 20 minutes on two cores
-	@$(PYTEST) -m "not gpu and not exhaustive" -n $(WORKERS) --dist loadfile --error-table=check $(PYTEST_ARGS)
-
-test-all: test-assets  ## every test that needs no GPU
-	@$(PYTEST) -m "not gpu" -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+test: test-assets  ## the tests that need no GPU, in about 12 minutes on two cores
+	@$(PYTEST) -m "not gpu and not exhaustive" -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-fast: $(INSTALLED)  ## the tests that take no more than a few seconds each
 	@$(PYTEST) $(FAST) $(PYTEST_ARGS)
 
-test-slow: test-assets  ## only the slow tests
-	@$(PYTEST) -m "slow and not gpu" -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
-
-test-gpu: $(if $(findstring $(VENV),$(GPU_PYTHON)),$(INSTALLED))  ## the tests that need a CUDA device; no network
-	@$(WITH_SOURCE) $(OFFLINE) OMP_NUM_THREADS=1 $(GPU_PYTHON) -m pytest -o addopts=-ra $(GPU_TESTS) -m gpu $(PYTEST_ARGS)
-
-test-floor:  ## the fast tests on the oldest supported versions, in .venv-floor/
-	@floors=$$($(PYTHON) tests/floors.py) && $(MAKE) --no-print-directory test-fast VENV=.venv-floor PINS="$$floors"
+test-all: test-assets  ## every test that needs no GPU
+	@$(PYTEST) -m "not gpu" -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 conformance: test-assets  ## PEFT's own tests over our tuners, LoRA beside them: one table
 	@$(PYTEST)/conformance/peft -m "not gpu" -n $(WORKERS) --dist load -q -rfE $(PYTEST_ARGS)
+endif
 
-test-versions:  ## tests/versions.py: the oldest and the newest versions, and Python 3.10 to 3.13
-	@$(PYTHON) tests/versions.py
-
-errors: test-assets  ## write docs/reference/errors.md from what the tests of `make test` see
-	@$(PYTEST) -m "not gpu and not exhaustive" -n $(WORKERS) --dist loadfile --error-table=write $(PYTEST_ARGS)
-
-coverage: test-assets  ## the tests of `make test`, with the share of src/ that they run
-	@$(PYTEST) -m "not gpu and not exhaustive" -n $(WORKERS) --dist loadfile --cov --cov-report=term:skip-covered $(PYTEST_ARGS)
+test-gpu: $(GPU_INSTALLED)  ## the tests that need a CUDA device; no network
+	@$(WITH_SOURCE) $(OFFLINE) OMP_NUM_THREADS=1 $(GPU_PYTHON) -m pytest -o addopts=-ra $(GPU_TESTS) -m gpu $(PYTEST_ARGS)
 
 bench: $(INSTALLED)  ## compare the kernel backends with plain LoRA and write the table
 	@$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python benchmarks/lora_experts.py --name cpu_fp32
 
-bench-gpu: $(if $(findstring $(VENV),$(GPU_PYTHON)),$(INSTALLED))  ## compare the kernel backends on a CUDA device, in less than ten minutes
-	@$(BENCH_GPU) benchmarks/lora_experts.py --device cuda --name cuda_lora_experts --total_seconds 450 --results $(RESULTS)
-
-bench-gpu-models: $(if $(findstring $(VENV),$(GPU_PYTHON)),$(INSTALLED))  ## FFN experts and training steps of whole models on a CUDA device
+bench-gpu: $(GPU_INSTALLED)  ## the same on a CUDA device, in less than ten minutes; BENCH=models: whole models
+ifeq ($(BENCH),models)
 	@$(BENCH_GPU) benchmarks/ffn_experts.py --device cuda --name cuda_ffn_experts --total_seconds 160 --results $(RESULTS)
 	@$(BENCH_GPU) benchmarks/whole_model.py --device cuda --optimizer --name cuda_whole_model --total_seconds 100 --results $(RESULTS)
 	@$(BENCH_GPU) benchmarks/whole_model.py --device cuda --optimizer --method mocle --name cuda_whole_model_mocle --total_seconds 100 --results $(RESULTS)
+else
+	@$(BENCH_GPU) benchmarks/lora_experts.py --device cuda --name cuda_lora_experts --total_seconds 450 --results $(RESULTS)
+endif
 
 docs: $(DOCS_INSTALLED)  ## the pages of docs/ as a site, in site/
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -20,7 +20,7 @@ from peft_moe.kernels.triton.paths import path_of
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
 # these wait for the device in the middle of a call, or may do so, and no graph can hold that
-WAITING = {"eager", "loop", "segment", "pair_loop", "scattermoe"}
+WAITING = {"eager", "loop", "pair_loop", "scattermoe"}
 
 
 @dataclass

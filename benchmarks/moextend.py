@@ -3,12 +3,12 @@
     OMP_NUM_THREADS=1 python benchmarks/moextend.py --name cpu_moextend
     OMP_NUM_THREADS=1 python benchmarks/moextend.py --name cpu_moextend_olmoe --shape olmoe --layers 2
 
-A Mixtral with random weights, `small` (D 512, F 1024, E 8, K 2, six layers) or in the shape of OLMoE-1B-7B's layers (D 2048,
-F 1024, E 64, K 8), which is for inference only. Inference: each layer has a new expert that no token
-chooses (`copy_guarded`), so that the work is that of the base model; 1024 tokens at once, and greedy decoding with a
-cache. `base again` is a second copy of the base model: how far its ratio is from 1 is the noise. Training: forward,
-backward and a step of AdamW, of all parameters (`full`), of LoRA of rank 16 on attention, and of one new expert that is a
-copy, in every layer (`all layers`) and in every other one (`half`; paper).
+A Mixtral with random weights, `small` (D 512, F 1024, E 8, K 2, six layers) or in the shape of OLMoE-1B-7B's layers (D
+2048, F 1024, E 64, K 8), which is for inference only. Inference: each layer has a new expert that no token chooses
+(`copy_guarded`), so that the work is that of the base model; 1024 tokens at once, and greedy decoding with a cache.
+`base again` is a second copy of the base model: how far its ratio is from 1 is the noise. Training: forward, backward
+and a step of AdamW, of all parameters (`full`), of LoRA of rank 16 on attention, and of one new expert that is a copy,
+in every layer (`all layers`) and in every other one (`half`; paper).
 
 One process, contenders interleaved, CPU time of one thread, median. Memory: MiB that training needs beyond the loaded
 model, gradients and optimizer among them, one process per contender. Writes `benchmarks/results/<name>.json`.

@@ -7,8 +7,8 @@
 LoRA has the rank of one expert of MoLE; for MoCLE the rank that is active for an example, expert and universal expert.
 A step is forward and backward, with `--optimizer` that of AdamW too.
 
-Contenders are interleaved in one process for the times; medians, by the clocks of `timing.py`. The memory figure is what a
-step needs beyond the loaded model: on a CPU in a process of its own, on CUDA as the allocator counts it.
+Contenders are interleaved in one process for the times; medians, by the clocks of `timing.py`. The memory figure is
+what a step needs beyond the loaded model: on a CPU in a process of its own, on CUDA as the allocator counts it.
 `benchmarks/results/<name>.json` is written after each part; the table comes last.
 """
 
@@ -212,21 +212,22 @@ def step_times(options: argparse.Namespace) -> dict[str, list[float]]:
     return seconds(interleaved(runs, clock_of(options.device), options.rounds))
 
 
-def decode_times(options: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds per token of greedy decoding with a key-value cache, after a prompt of 16 tokens."""
+def decode_run(model: Any, options: argparse.Namespace) -> Callable[[], None]:
+    """Greedy decoding of 16 tokens with a key-value cache, after a prompt of 16."""
     prompt = random_tokens(options, 1, 16)
+    extra = {} if isinstance(model.active_peft_config, LoraConfig) else routing(options, 1)
+    length = {"min_new_tokens": NUM_NEW_TOKENS, "max_new_tokens": NUM_NEW_TOKENS}
 
-    def decode(model: Any) -> Callable[[], None]:
-        extra = {} if isinstance(model.active_peft_config, LoraConfig) else routing(options, 1)
-        length = {"min_new_tokens": NUM_NEW_TOKENS, "max_new_tokens": NUM_NEW_TOKENS}
+    def run() -> None:
+        model.eval()
+        model.generate(input_ids=prompt, do_sample=False, pad_token_id=0, **length, **extra)
 
-        def run() -> None:
-            model.eval()
-            model.generate(input_ids=prompt, do_sample=False, pad_token_id=0, **length, **extra)
+    return run
 
-        return run
 
-    runs = {name: decode(model) for name, model in build_all(options).items()}
+def decode_times(options: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds per token of [`decode_run`]."""
+    runs = {name: decode_run(model, options) for name, model in build_all(options).items()}
     times = interleaved(runs, clock_of(options.device), options.rounds)
     return {name: [value / NUM_NEW_TOKENS for value in found] for name, found in seconds(times).items()}
 

@@ -1,4 +1,4 @@
-"""What tests need from PyPI besides the environment, in a cache outside git: `$PEFT_MOE_CACHE`, or `~/.cache/peft_moe`."""
+"""What tests need from PyPI besides the environment, in `$PEFT_MOE_CACHE` or `~/.cache/peft_moe`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from filelock import FileLock
 
 
 def cached_folder(name: str, build: Callable[[Path], None], *, download: bool) -> Path:
-    """The folder `name` of the cache. It is built beside its final place and renamed, so it exists only when it is whole.
+    """The folder `name` of the cache. Built beside its final place and renamed, it exists only when it is whole.
 
     Args:
         name: Of the folder, with the version of what is in it.

@@ -1,4 +1,4 @@
-"""Gradients of the auxiliary loss computed by hand: router logits of a plain forward pass, put into the papers' formulas."""
+"""Gradients of the auxiliary loss computed by hand: logits of a plain forward pass, put into the papers' formulas."""
 
 from __future__ import annotations
 

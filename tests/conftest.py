@@ -9,8 +9,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
-from error_table import pytest_addoption, pytest_configure  # noqa: F401
-
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():

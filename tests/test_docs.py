@@ -1,7 +1,8 @@
-"""The documentation keeps up with the code: names, arguments, links, commands, and the size of files."""
+"""The documentation keeps up with the code: names, arguments, links, commands and messages."""
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import doctest
 import importlib
@@ -17,7 +18,6 @@ from peft import PeftConfig
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")])
 PUBLIC = json.loads((ROOT / "tests/golden/public_names.json").read_text())
-MAX_LINES = 450
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 UNEXPLAINED = {"self", "cls", "args", "kwargs"}
 
@@ -105,11 +105,11 @@ def test_python_of_the_documentation_compiles():
                 compile(source, f"{page.name}, block {number}", "exec")
 
 
-def test_files_are_short_enough_to_read():
-    """All but the page of errors, which a program writes."""
-    code = [path for folder in ("src", "tests", "examples", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
-    pages = [path for path in PAGES if path != ROOT / "docs/reference/errors.md"]
-    assert len(code) > 200
-    sources = [*code, ROOT / "setup.py", *pages]
-    long = {str(path.relative_to(ROOT)): n for path in sources if (n := path.read_text().count("\n")) > MAX_LINES}
-    assert not long
+def test_messages_of_troubleshooting_are_said_by_the_package():
+    """Messages of others begin with their name."""
+    trees = [ast.parse(path.read_text()) for path in (ROOT / "src").rglob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    said = [node.value for node in nodes if isinstance(node.value, str)]
+    quoted = re.findall(r"^### `(.+)`$", (ROOT / "docs/howto/troubleshooting.md").read_text(), re.MULTILINE)
+    assert len(quoted) > 20
+    assert [message for message in quoted if not any(message in text for text in said)] == []

@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 import peft_moe
 from peft_moe import (
     InstructionClusterer,
-    IntactCheckpointCallback,
     MoCLEConfig,
     MoLEConfig,
     export_all,
@@ -66,7 +65,7 @@ def for_trainer(model):
     rows = [{name: value[0] for name, value in token_batch(num_padding=0, seed=i).items()} for i in range(4)]
     args = TrainingArguments("out", max_steps=1, report_to="none", use_cpu=True, disable_tqdm=True)
     names = {"Trainer": Trainer, "model": model, "args": args, "train_dataset": rows, "train_set": rows}
-    return {**names, "IntactCheckpointCallback": IntactCheckpointCallback, "torch": torch}
+    return {**names, "torch": torch}
 
 
 def recorded():

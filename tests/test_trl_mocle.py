@@ -81,7 +81,9 @@ def spy(model) -> list[Call]:
     def look(layer, args):
         for adapter in () if layer.disable_adapters else layer.active_adapters:
             ids = layer.scopes[adapter].lookup.of_running_pass(layer.recorder.context).ids.tolist()
-            first_words = layer.recorder.context.find_pass().inputs["input_ids"][:, 0] - tiny_tokenizer()("a")["input_ids"][0]
+            first_words = (
+                layer.recorder.context.find_pass().inputs["input_ids"][:, 0] - tiny_tokenizer()("a")["input_ids"][0]
+            )
             seen.append(Call(adapter, ids, first_words.tolist(), torch.is_grad_enabled()))
 
     next(module for module in model.modules() if isinstance(module, MoCLELayer)).register_forward_pre_hook(look)

@@ -85,41 +85,45 @@ class MoeFamily:
         return model.requires_grad_(False)
 
 
+def family(name: str, stem: str, settings: dict[str, Any], *, config: str = "", **fields: Any) -> MoeFamily:
+    """A row, by what its class names begin with."""
+    return MoeFamily(name, config or f"{stem}Config", f"{stem}ForCausalLM", settings, **fields)
+
+
+def further(name: str, stem: str, settings: dict[str, Any], **fields: Any) -> MoeFamily:
+    """A row for a family that shares its layout with another one."""
+    return family(name, stem, settings, is_further=True, **{"since": "5.23", **fields})
+
+
 FAMILIES = [
-    MoeFamily("mixtral", "MixtralConfig", "MixtralForCausalLM", {"num_local_experts": NUM_EXPERTS}),
-    MoeFamily(
+    family("mixtral", "Mixtral", {"num_local_experts": NUM_EXPERTS}),
+    family(
         "qwen2_moe",
-        "Qwen2MoeConfig",
-        "Qwen2MoeForCausalLM",
+        "Qwen2Moe",
         {"num_experts": NUM_EXPERTS, "shared_expert_intermediate_size": 16, "decoder_sparse_step": 1},
         normalizes=False,
     ),
-    MoeFamily(
+    family(
         "qwen3_moe",
-        "Qwen3MoeConfig",
-        "Qwen3MoeForCausalLM",
+        "Qwen3Moe",
         {"num_experts": NUM_EXPERTS, "norm_topk_prob": True, "mlp_only_layers": [1]},
         moe_layers=(0, 2),
     ),
-    MoeFamily("olmoe", "OlmoeConfig", "OlmoeForCausalLM", {"num_experts": NUM_EXPERTS}, normalizes=False),
-    MoeFamily(
-        "granitemoe", "GraniteMoeConfig", "GraniteMoeForCausalLM", {"num_local_experts": NUM_EXPERTS}, since="5.23"
-    ),
-    MoeFamily("gpt_oss", "GptOssConfig", "GptOssForCausalLM", {"num_local_experts": NUM_EXPERTS}),
-    MoeFamily("phimoe", "PhimoeConfig", "PhimoeForCausalLM", {"num_local_experts": NUM_EXPERTS}, normalizes=False),
-    MoeFamily(
+    family("olmoe", "Olmoe", {"num_experts": NUM_EXPERTS}, normalizes=False),
+    family("granitemoe", "GraniteMoe", {"num_local_experts": NUM_EXPERTS}, since="5.23"),
+    family("gpt_oss", "GptOss", {"num_local_experts": NUM_EXPERTS}),
+    family("phimoe", "Phimoe", {"num_local_experts": NUM_EXPERTS}, normalizes=False),
+    family(
         "deepseek_v2",
-        "DeepseekV2Config",
-        "DeepseekV2ForCausalLM",
+        "DeepseekV2",
         {**DEEPSEEK, "topk_method": "greedy", "routed_scaling_factor": 1.5},
         normalizes=False,
         since="5.17",
     ),
-    MoeFamily("deepseek_v3", "DeepseekV3Config", "DeepseekV3ForCausalLM", DEEPSEEK, since="5.17"),
-    MoeFamily(
+    family("deepseek_v3", "DeepseekV3", DEEPSEEK, since="5.17"),
+    family(
         "glm4_moe",
-        "Glm4MoeConfig",
-        "Glm4MoeForCausalLM",
+        "Glm4Moe",
         {
             "n_routed_experts": NUM_EXPERTS,
             "n_shared_experts": 1,
@@ -130,24 +134,17 @@ FAMILIES = [
         moe_layers=(1, 2),
         since="5.17",
     ),
-    MoeFamily(
-        "minimax",
-        "MiniMaxConfig",
-        "MiniMaxForCausalLM",
-        {"num_local_experts": NUM_EXPERTS, "block_size": 8},
-    ),
-    MoeFamily("flex_olmo", "FlexOlmoConfig", "FlexOlmoForCausalLM", {"num_experts": NUM_EXPERTS}, normalizes=False),
-    MoeFamily(
+    family("minimax", "MiniMax", {"num_local_experts": NUM_EXPERTS, "block_size": 8}),
+    family("flex_olmo", "FlexOlmo", {"num_experts": NUM_EXPERTS}, normalizes=False),
+    family(
         "aria_text",
-        "AriaTextConfig",
-        "AriaTextForCausalLM",
+        "AriaText",
         {"moe_num_experts": NUM_EXPERTS, "moe_topk": 2, "moe_num_shared_experts": 1},
         since="5.23",
     ),
-    MoeFamily(
+    family(
         "nemotron_h",
-        "NemotronHConfig",
-        "NemotronHForCausalLM",
+        "NemotronH",
         {
             "layers_block_type": ["moe", "attention", "moe"],
             "n_routed_experts": NUM_EXPERTS,
@@ -163,10 +160,9 @@ FAMILIES = [
         moe_layers=(0, 2),
         since="5.17",
     ),
-    MoeFamily(
+    family(
         "jamba",
-        "JambaConfig",
-        "JambaForCausalLM",
+        "Jamba",
         {
             "num_experts": NUM_EXPERTS,
             "expert_layer_period": 2,
@@ -186,69 +182,38 @@ FAMILIES = [
 ]
 
 
-def further(name: str, config: str, model: str, settings: dict[str, Any], **fields: Any) -> MoeFamily:
-    """A row for a family that shares its layout with one above."""
-    return MoeFamily(name, config, model, settings, is_further=True, **{"since": "5.23", **fields})
-
-
 ATTENTION = {"layer_types": ["full_attention"] * 3}
 GROUPS = {"n_group": 1, "topk_group": 1}
 FURTHER = [
     further(
         "ernie4_5_moe",
-        "Ernie4_5_MoeConfig",
-        "Ernie4_5_MoeForCausalLM",
+        "Ernie4_5_Moe",
         {"moe_num_experts": NUM_EXPERTS, "moe_k": 2, "moe_layer_start_index": 0, "moe_layer_interval": 1},
     ),
+    further("minimax_m2", "MiniMaxM2", {"num_local_experts": NUM_EXPERTS, "rotary_dim": 8}),
+    further("hunyuan_v1_moe", "HunYuanMoEV1", {"num_experts": NUM_EXPERTS, "moe_topk": 2}),
     further(
-        "minimax_m2", "MiniMaxM2Config", "MiniMaxM2ForCausalLM", {"num_local_experts": NUM_EXPERTS, "rotary_dim": 8}
-    ),
-    further(
-        "hunyuan_v1_moe",
-        "HunYuanMoEV1Config",
-        "HunYuanMoEV1ForCausalLM",
-        {"num_experts": NUM_EXPERTS, "moe_topk": 2},
-    ),
-    further(
-        "afmoe",
-        "AfmoeConfig",
-        "AfmoeForCausalLM",
-        {"num_experts": NUM_EXPERTS, "num_shared_experts": 1, "num_dense_layers": 0, **ATTENTION},
+        "afmoe", "Afmoe", {"num_experts": NUM_EXPERTS, "num_shared_experts": 1, "num_dense_layers": 0, **ATTENTION}
     ),
     further(
         "dots1",
-        "Dots1Config",
-        "Dots1ForCausalLM",
+        "Dots1",
         {"n_routed_experts": NUM_EXPERTS, "n_shared_experts": 1, "first_k_dense_replace": 0, **GROUPS, **ATTENTION},
     ),
+    further("lfm2_moe", "Lfm2Moe", {"num_experts": NUM_EXPERTS, "num_dense_layers": 0, **ATTENTION}),
     further(
-        "lfm2_moe",
-        "Lfm2MoeConfig",
-        "Lfm2MoeForCausalLM",
-        {"num_experts": NUM_EXPERTS, "num_dense_layers": 0, **ATTENTION},
-    ),
-    further(
-        "qwen3_next",
-        "Qwen3NextConfig",
-        "Qwen3NextForCausalLM",
-        {"num_experts": NUM_EXPERTS, "shared_expert_intermediate_size": 16, **ATTENTION},
+        "qwen3_next", "Qwen3Next", {"num_experts": NUM_EXPERTS, "shared_expert_intermediate_size": 16, **ATTENTION}
     ),
     further(
         "qwen3_5_moe",
-        "Qwen3_5MoeTextConfig",
-        "Qwen3_5MoeForCausalLM",
-        {"num_experts": NUM_EXPERTS, "shared_expert_intermediate_size": 16, **ATTENTION},
+        "Qwen3_5Moe",
+        config="Qwen3_5MoeTextConfig",
+        settings={"num_experts": NUM_EXPERTS, "shared_expert_intermediate_size": 16, **ATTENTION},
     ),
-    further(
-        "solar_open",
-        "SolarOpenConfig",
-        "SolarOpenForCausalLM",
-        {"n_routed_experts": NUM_EXPERTS, "n_shared_experts": 1, **GROUPS},
-    ),
+    further("solar_open", "SolarOpen", {"n_routed_experts": NUM_EXPERTS, "n_shared_experts": 1, **GROUPS}),
     further(
         "exaone_moe",
-        "ExaoneMoeConfig",
-        "ExaoneMoeForCausalLM",
+        "ExaoneMoe",
         {
             "num_experts": NUM_EXPERTS,
             "num_shared_experts": 1,
@@ -257,24 +222,18 @@ FURTHER = [
             "mlp_layer_types": ["sparse"] * 3,
         },
     ),
-    further(
-        "glm4_moe_lite",
-        "Glm4MoeLiteConfig",
-        "Glm4MoeLiteForCausalLM",
-        {**DEEPSEEK, "mlp_layer_types": ["sparse"] * 3},
-    ),
+    further("glm4_moe_lite", "Glm4MoeLite", {**DEEPSEEK, "mlp_layer_types": ["sparse"] * 3}),
     further(
         "hy_v3",
-        "HYV3Config",
-        "HYV3ForCausalLM",
+        "HYV3",
         {"num_experts": NUM_EXPERTS, "num_shared_experts": 1, "first_k_dense_replace": 0},
         moe_layers=(1, 2),
     ),
     further(
         "gemma4",
-        "Gemma4TextConfig",
-        "Gemma4ForCausalLM",
-        {
+        "Gemma4",
+        config="Gemma4TextConfig",
+        settings={
             "num_experts": NUM_EXPERTS,
             "top_k_experts": 2,
             "enable_moe_block": True,

@@ -1,10 +1,10 @@
-"""MoCLE with and without its universal expert beside plain LoRA with as many trainable parameters, on four real domains.
+"""MoCLE with and without its universal expert beside plain LoRA of as many trainable parameters, on four domains.
 
     python examples/mocle/compare.py
 
-Clusters are found without the domain labels. Every arm sees the same rows in the same order and starts from the same base
-model. Writes `outputs/mocle_comparison/report.json` and `report.md`: answer NLL and exact match per domain, which clusters
-and experts took which domain. It shows its progress, and goes on where it was interrupted.
+Clusters are found without the domain labels. Every arm sees the same rows in the same order and starts from the same
+base model. Writes `outputs/mocle_comparison/report.json` and `report.md`: answer NLL and exact match per domain, which
+clusters and experts took which domain. It shows its progress, and goes on where it was interrupted.
 """
 
 import argparse

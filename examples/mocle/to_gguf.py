@@ -1,7 +1,8 @@
 """Turns LoRA adapters of Llama models that PEFT wrote into GGUF files for llama.cpp.
 
-`python to_gguf.py adapters/cluster_0 --base folder/of/the/base/model` writes `adapters/cluster_0.gguf`; several adapters
-may be named. Needs the packages `gguf`, `peft`, `safetensors`, `torch` and `transformers`, but not `peft_moe`.
+`python to_gguf.py adapters/cluster_0 --base folder/of/the/base/model` writes `adapters/cluster_0.gguf`; several
+adapters may be named. Needs the packages `gguf`, `peft`, `safetensors`, `torch` and `transformers`, but not
+`peft_moe`.
 """
 
 import argparse
@@ -47,8 +48,8 @@ def convert(adapter: str | Path, base: PretrainedConfig, output: str | Path) -> 
     tensors = load_file(Path(adapter) / "adapter_model.safetensors")
     if other := [key for key in tensors if not LORA_KEY.fullmatch(key)]:
         raise ValueError(
-            f"{adapter} holds {len(other)} tensors that are no LoRA, such as {other[0]}: a GGUF adapter cannot hold them. "
-            "Merge the adapter into its base model, and convert that."
+            f"{adapter} holds {len(other)} tensors that are no LoRA, such as {other[0]}: a GGUF adapter cannot hold "
+            "them. Merge the adapter into its base model, and convert that."
         )
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, base.num_hidden_layers)
     writer = gguf.GGUFWriter(output, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.LLAMA])
@@ -71,7 +72,7 @@ def convert(adapter: str | Path, base: PretrainedConfig, output: str | Path) -> 
 
 
 def for_rope(module: str, weight: torch.Tensor, base: PretrainedConfig) -> torch.Tensor:
-    """Rows of query and key projections `(O, ...)` in the order of llama.cpp, which rotates neighbours and not halves."""
+    """Rows of query and key projections `(O, ...)` in the order of llama.cpp, which rotates neighbours, not halves."""
     num_heads = {"q_proj": base.num_attention_heads, "k_proj": base.num_key_value_heads}.get(module.rpartition(".")[2])
     if num_heads is None:
         return weight

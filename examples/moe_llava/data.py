@@ -1,8 +1,8 @@
 """easy-VQA: 5,000 pictures of one shape each and 48,248 questions about them, as `datasets`; and what batches them.
 
-Published by Victor Zhou under the MIT licence (https://github.com/vzhou842/easy-VQA). The pictures are drawn by a program:
-64 x 64 pixels, one of 3 shapes in one of 8 colours. The wheel (3.2 MB) comes from PyPI and is kept in a cache outside the
-checkout.
+Published by Victor Zhou under the MIT licence (https://github.com/vzhou842/easy-VQA). The pictures are drawn by a
+program: 64 x 64 pixels, one of 3 shapes in one of 8 colours. The wheel (3.2 MB) comes from PyPI and is kept in a cache
+outside the checkout.
 """
 
 import json
@@ -78,7 +78,7 @@ def picture_labels(rows: Dataset) -> Dataset:
 
 
 class VqaCollator:
-    """Rows with `image`, `question` and `answer` → a padded batch in which the loss falls on the answer and its end."""
+    """Rows with `image`, `question` and `answer` → a padded batch whose loss falls on the answer and its end."""
 
     def __init__(self, processor: LlavaProcessor) -> None:
         self.processor = processor

@@ -1,11 +1,11 @@
-"""See which experts of a MoeLlava work, on what, and by which pathways: figures 4 to 6 of MoE-LLaVA for any saved model.
+"""See which experts of a saved MoeLlava work, on what, and by which pathways: figures 4 to 6 of MoE-LLaVA.
 
     python examples/moe_llava/see_experts.py outputs/moe_llava/stage_III                     # on easy-VQA, test
     python examples/moe_llava/see_experts.py my-model --dataset my-rows.parquet --output_dir experts
 
-Writes, beside the model or into `--output_dir`: `expert_load.png`, every choice of every token; `modality.png`, text against
-image tokens (figures 4 and 5); `pathways.png`, the most common sequences of experts (figure 6); `experts.md`, the same as
-tables; `experts.json`, all counts. Questions are read with their answers, and nothing is generated.
+Writes, beside the model or into `--output_dir`: `expert_load.png`, every choice of every token; `modality.png`, text
+against image tokens (figures 4 and 5); `pathways.png`, the most common sequences of experts (figure 6); `experts.md`,
+the same as tables; `experts.json`, all counts. Questions are read with their answers, and nothing is generated.
 """
 
 import argparse

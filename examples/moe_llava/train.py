@@ -6,10 +6,10 @@
     python examples/moe_llava/train.py --small                    # a tiny text model, minutes on two cores
     python examples/moe_llava/train.py                            # SmolLM2-135M, for a GPU
 
-A vision tower learns to name shapes and colours; it becomes the eye of a dense LLaVA, which goes through stages I and II;
-the dense model becomes sparse by `from_dense`, and stage III trains its experts. After each stage the answers to held-back
-questions are scored; `--dense_control` tells what the dense model would have learned in the steps of stage III. An
-interrupted run goes on after the last stage it has finished.
+A vision tower learns to name shapes and colours; it becomes the eye of a dense LLaVA, which goes through stages I and
+II; the dense model becomes sparse by `from_dense`, and stage III trains its experts. After each stage the answers to
+held-back questions are scored; `--dense_control` tells what the dense model would have learned in the steps of stage
+III. An interrupted run goes on after the last stage it has finished.
 """
 
 import argparse
@@ -59,7 +59,8 @@ IMAGE_SIZE, PATCH_SIZE = 64, 16
 SPECIAL_TOKENS = ["<pad>", "<unk>", "<|im_start|>", "<|im_end|>", "<image>"]
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}"
     "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 # steps and learning rates; the rates of the paper are for models a hundred times as large
@@ -241,7 +242,7 @@ def word_tokenizer(rows: Dataset) -> PreTrainedTokenizerFast:
 
 
 def train_vision_tower(run: Run) -> CLIPForImageClassification:
-    """A small CLIP vision tower that tells shape and colour of a picture apart, from nothing but the training pictures."""
+    """A small CLIP vision tower that tells shape and colour of a picture apart, learned from the training pictures."""
     vision_config = CLIPVisionConfig(
         hidden_size=128,
         intermediate_size=256,

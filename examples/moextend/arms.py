@@ -1,4 +1,4 @@
-"""What both comparisons of this folder share: the arms, the report that an interrupted run goes on with, and the table."""
+"""What both comparisons of this folder share: arms, the report that an interrupted run goes on with, the table."""
 
 import json
 import shutil
@@ -112,13 +112,14 @@ class Comparison:
         return self.found[name]
 
     def table(self, metric: str, *, digits: int = 3, larger_is_better: bool = False) -> str:
-        """In markdown: `<metric>_old` and `<metric>_new` of each arm, and what it won and lost against the base model."""
+        """In markdown: `<metric>_old` and `<metric>_new` of each arm, and what it won and lost against the base."""
         sign = 1 if larger_is_better else -1
         base = self.found["base"]
         lines = [
             f"| arm | trained parameters | seconds | {metric}, new | gain | {metric}, old | loss |",
             "|---|---:|---:|---:|---:|---:|---:|",
-            f"| base | | {base['seconds']} | {base[f'{metric}_new']:.{digits}f} | | {base[f'{metric}_old']:.{digits}f} | |",
+            f"| base | | {base['seconds']} | {base[f'{metric}_new']:.{digits}f} | "
+            f"| {base[f'{metric}_old']:.{digits}f} | |",
         ]
         for name, run in self.found.items():
             if name.partition("/")[0] not in ARMS:
@@ -126,8 +127,8 @@ class Comparison:
             new, old = run[f"{metric}_new"], run[f"{metric}_old"]
             gain, loss = sign * (new - base[f"{metric}_new"]), sign * (base[f"{metric}_old"] - old)
             lines.append(
-                f"| {name} | {run['trained_parameters']:,} | {run['seconds']} | {new:.{digits}f} | {gain:+.{digits}f} | "
-                f"{old:.{digits}f} | {loss:+.{digits}f} |"
+                f"| {name} | {run['trained_parameters']:,} | {run['seconds']} | {new:.{digits}f} | {gain:+.{digits}f} "
+                f"| {old:.{digits}f} | {loss:+.{digits}f} |"
             )
         return "\n".join(lines)
 

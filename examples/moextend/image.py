@@ -1,7 +1,7 @@
-"""MoExtend on pictures: a sparse LLaVA that answers about shapes gets new experts for questions about colours (easy-VQA).
+"""MoExtend on pictures: a sparse LLaVA that answers about shapes gets experts for questions about colours (easy-VQA).
 
-    python examples/moextend/image.py --small                     # a tiny untrained text model, two minutes on one core
-    python examples/moextend/image.py                             # SmolLM2-135M, for a GPU
+    python examples/moextend/image.py --small                     # a tiny untrained text model, two minutes on one
+    core python examples/moextend/image.py                             # SmolLM2-135M, for a GPU
 
 0. Base: the three stages of ../moe_llava/train.py on the questions that name no colour.
 1. Alignment: the projector alone trains on the questions that do.

@@ -1,11 +1,11 @@
-"""MoExtend on text: a mixture of experts that knows one domain gets new experts for another one, and is asked about both.
+"""MoExtend on text: a mixture of experts that knows one domain gets new experts for another, and is asked about both.
 
     python examples/moextend/train.py --small                     # a tiny untrained model, two minutes on one core
     python examples/moextend/train.py                             # SmolLM2-135M, for a GPU
 
-1. Base: a dense language model is upcycled to a Mixtral (4 experts, top-2) and trained on the old domain.
-2. Extension: the Extender measures which layers choose other experts for the new domain.
-3. Fine-tuning on the new domain, with equal steps: MoExtend in the layers of the Extender, in the first half and in every
+1. Base: a dense language model is upcycled to a Mixtral (4 experts, top-2) and trained on the old domain. 2.
+Extension: the Extender measures which layers choose other experts for the new domain. 3. Fine-tuning on the new
+domain, with equal steps: MoExtend in the layers of the Extender, in the first half and in every
    second layer; all weights; LoRA on the experts.
 
 Reported on held-back rows: what the new domain gains and what the old one loses. An interrupted run goes on.
@@ -113,7 +113,7 @@ def main() -> None:
             free_memory()
     comparison.write(
         f"MoExtend: from {options.old_domain} to {options.new_domain}",
-        "Answer NLL in nats per token, held-back rows; a gain is a fall on the new domain, a loss a rise on the old one.",
+        "Answer NLL in nats per token, held-back rows; a gain is a fall on the new domain, a loss a rise on the old.",
         comparison.table("answer_nll"),
     )
 

@@ -22,7 +22,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
-from peft_moe import ExpertLoadCallback, IntactCheckpointCallback, MoLEConfig, find_intact_checkpoint
+from peft_moe import ExpertLoadCallback, MoLEConfig, find_intact_checkpoint
 from peft_moe.monitoring import ExpertLoad, plot_expert_load
 
 
@@ -91,7 +91,8 @@ def main() -> None:
     print_report(before, after, remember.found, load)
     print(f"\nA question it has not seen:\n{prompt.strip()}\n→ {answer}")
     print(
-        f"\nAll results are in {output}/ (adapter/, report.json, expert_load.png). {time.perf_counter() - started:.0f} s"
+        f"\nAll results are in {output}/ (adapter/, report.json, expert_load.png). "
+        f"{time.perf_counter() - started:.0f} s"
     )
     if not remember.found["reload_is_bit_equal"]:
         sys.exit("The reloaded adapter gives other logits than the trained one.")
@@ -145,6 +146,7 @@ def train(model: PeftModel, tokenizer: Any, train_set: Any, options: argparse.Na
         warmup_steps=4,
         logging_steps=8,
         save_steps=8,
+        save_total_limit=1,  # the old one goes when the new one is complete
         report_to=[],
         use_cpu=not torch.cuda.is_available(),
     )
@@ -153,7 +155,7 @@ def train(model: PeftModel, tokenizer: Any, train_set: Any, options: argparse.Na
         args,
         train_dataset=train_set,
         data_collator=collator(tokenizer),
-        callbacks=[ExpertLoadCallback(), IntactCheckpointCallback(save_total_limit=1)],
+        callbacks=[ExpertLoadCallback()],
     )
     trainer.train(resume_from_checkpoint=find_intact_checkpoint(args.output_dir))
 

@@ -2,8 +2,8 @@
 
 from ._version import __version__
 from .aux_loss import get_aux_loss, set_aux_loss_scale
-from .checkpoints import IntactCheckpointCallback, find_intact_checkpoint
-from .kernels.ffn_experts import register as _register_ffn_experts
+from .checkpoints import find_intact_checkpoint
+from .kernels.ffn import register as _register_ffn_experts
 from .models import MoeLlavaConfig, MoeLlavaForConditionalGeneration, MoeLlavaModel, MoeTuningStage
 from .models.moe_llava import register as _register_models
 from .monitoring import ExpertLoadCallback, record_expert_load
@@ -37,7 +37,6 @@ __all__ = [
     "Extender",
     "ExtenderReport",
     "InstructionClusterer",
-    "IntactCheckpointCallback",
     "MoCLEConfig",
     "MoCLEModel",
     "MoExtendConfig",

@@ -46,8 +46,9 @@ def router_parameter_groups(
     ]
     if not routers:
         raise ValueError(
-            f"{type(model).__name__} has no trainable router, so router_learning_rate={router_learning_rate} would have "
-            "no effect. Wrap the model with a tuner of peft_moe, and activate the adapter, before building the groups."
+            f"{type(model).__name__} has no trainable router, so router_learning_rate={router_learning_rate} would "
+            "have no effect. Wrap the model with a tuner of peft_moe, and activate the adapter, before building the "
+            "groups."
         )
     known = {id(parameter) for parameter in routers}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in known]

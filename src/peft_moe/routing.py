@@ -16,6 +16,15 @@ import torch.nn.functional as F
 from torch import nn
 
 
+__all__ = [
+    "ClusterCentroids",
+    "ClusterEmbedding",
+    "ClusterRouter",
+    "RouterOutput",
+    "TopKRouter",
+    "top_k_weights",
+]
+
 GATE_SCALES = ("none", "straight_through", "prob")
 
 

@@ -1,4 +1,4 @@
-"""The benchmark of the kernels runs from end to end, also what it does on CUDA only, and times nothing that is wrong."""
+"""The benchmark of the kernels runs from end to end, also what is for CUDA only, and times nothing that is wrong."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 
 import contenders
 import cuda_stand_in
-import fit_auto_rule
 import lora_experts as benchmark
 import plot
 import pytest
+import regret
 import report
 import result_file
 import roofline
@@ -21,8 +21,7 @@ import timing
 import torch
 from shapes import CUDA, DEFAULT, QUICK, Shape
 
-from peft_moe.kernels import BACKENDS, selection
-from peft_moe.kernels.auto_rule import Row
+from peft_moe.kernels import BACKENDS, backends
 from peft_moe.kernels.backends import triton as triton_backend
 
 
@@ -32,9 +31,9 @@ SMALL = Shape(16, 24, 12, 3, 8, 2)
 @pytest.fixture(autouse=True)
 def no_remembered_choice():
     """`choose` keeps backends, some tests replace one."""
-    selection.choose.cache_clear()
+    backends.choose.cache_clear()
     yield
-    selection.choose.cache_clear()
+    backends.choose.cache_clear()
 
 
 def run(monkeypatch, tmp_path, *arguments: str) -> dict:
@@ -116,7 +115,7 @@ def test_a_wrong_backend_has_no_time_and_the_command_fails(monkeypatch, tmp_path
     with pytest.raises(SystemExit, match="differ from eager: dense at 64x96"):
         run(monkeypatch, tmp_path)
     (cell,) = json.loads((tmp_path / "found.json").read_text())["cells"]
-    assert "dense" not in cell["median_ms"] and cell["wrong"]["dense"] > 1e-5 and "segment" in cell["median_ms"]
+    assert "dense" not in cell["median_ms"] and cell["wrong"]["dense"] > 1e-5 and "grouped_mm" in cell["median_ms"]
 
 
 def test_a_backend_that_raises_is_reported_and_the_others_are_timed(monkeypatch, tmp_path):
@@ -126,7 +125,7 @@ def test_a_backend_that_raises_is_reported_and_the_others_are_timed(monkeypatch,
     monkeypatch.setitem(BACKENDS, "dense", dataclasses.replace(BACKENDS["dense"], run=fail))
     monkeypatch.setattr(benchmark, "QUICK", QUICK[:1])
     (cell,) = run(monkeypatch, tmp_path)["cells"]
-    assert cell["not_run"]["dense"] == "RuntimeError: no such kernel" and "segment" in cell["median_ms"]
+    assert cell["not_run"]["dense"] == "RuntimeError: no such kernel" and "grouped_mm" in cell["median_ms"]
 
 
 def test_a_run_that_is_cut_off_keeps_its_cells(monkeypatch, tmp_path):
@@ -199,29 +198,13 @@ def test_sequences_share_their_experts():
     assert torch.equal(problem.token_index[0:4], problem.top_k_index[:1].expand(4, 2))
 
 
-@pytest.mark.parametrize("device, tail", [("cpu", "segment"), ("cuda", "triton")])
-def test_a_fit_finds_the_rule_that_made_the_times(device, tail, capsys):
-    """`dense` pays up to a sixteenth of the width, and the last row of the device above; a thousandth of noise."""
-    cells = []
-    for position, shape in enumerate(shape for shape in [*DEFAULT, *CUDA] if shape.routing == "uniform"):
-        wide = shape.num_experts * shape.rank / min(shape.in_features, shape.out_features) > 1 / 16
-        times = {"dense": 2.0 if wide else 1.0, tail: 1.5 + position % 7 / 1000, "grouped_mm": 3.0}
-        cells.append({"shape": shape._asdict(), "median_ms": times})
-    result = {"cells": cells, "dtype": "bfloat16", "hardware": {"device": device}}
-    form = fit_auto_rule.FORMS[device]
-    ranks = (0.0, 1 / 16, 0.25)
-    small = {name: ranks if "rank" in name else values[:2] for name, values in form.grid.items()}
-    form = form._replace(grid=small)
-    read = fit_auto_rule.read(result, form, "median_ms")
-    rows = fit_auto_rule.fit([cell for position, cell in enumerate(read) if position % 3], form)
-    assert fit_auto_rule.total(read, rows) == pytest.approx(1.0)
-    assert {row.max_relative_rank for row in rows if row.backend == "dense"} == {1 / 16}
-    fit_auto_rule.print_fit(read, form, device)
-    printed = capsys.readouterr().out
-    assert (
-        f'Row("dense", "several slots and few columns", "{device}", min_top_k=2, max_relative_rank=0.0625)' in printed
-    )
-    assert eval(fit_auto_rule.as_code(rows[-1]).strip().rstrip(","), {"Row": Row}) == rows[-1]
+def test_what_a_backend_is_worth_is_what_its_absence_costs(capsys):
+    times = {"peft_r": 1.0, "dense": 2.0, "grouped_mm": 3.0, "segment": 1.0}
+    shape = DEFAULT[-1]._replace(num_tokens=1024, top_k=2, num_experts=8, rank=8, in_features=1024, out_features=1024)
+    cells = [{"shape": shape._asdict(), "median_ms": times}]
+    regret.main_of({"cells": cells, "dtype": "float32", "hardware": {"device": "cpu"}})
+    lines = {line.split("  ")[0]: line.split()[-3:] for line in capsys.readouterr().out.splitlines()}
+    assert lines["dense"] == ["1.500", "1.500", "1.500"] and lines["grouped_mm"] == ["1.000", "1.000", "1.000"]
 
 
 def test_a_result_file_is_whole_at_any_moment(tmp_path):

@@ -328,12 +328,17 @@ class TestTransformersMethods:
     """The adapter methods that transformers gives every model."""
 
     @every_tuner
-    def test_added_adapter_is_that_of_peft(self, case):
-        model = case.model()
+    def test_added_adapter_is_that_of_peft_and_trains_with_its_auxiliary_loss(self, case):
+        added = case.model()
         torch.manual_seed(7)
-        model.add_adapter(case.config())
-        assert torch.equal(case.logits(model.eval()), case.logits(case.wrap()))
-        assert model.active_adapters() == ["default"]
+        added.add_adapter(case.config())
+        assert added.active_adapters() == ["default"]
+        gradients = []
+        for model in (case.wrap(), added):
+            assert torch.equal(case.logits(model.eval()), case.logits(case.wrap()))
+            model.train()(**case.batch()).loss.backward()
+            gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+        assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
     @every_tuner
     def test_adapters_are_switched_disabled_and_deleted(self, case):
@@ -353,15 +358,3 @@ class TestTransformersMethods:
         assert not any(".two." in name for name in model.state_dict())
         assert torch.equal(case.logits(model), one)
         model.train()(**case.batch()).loss.backward()
-
-    @every_tuner
-    def test_adapter_trains_with_its_auxiliary_loss(self, case):
-        gradients = []
-        for wrapped in (True, False):
-            model = case.wrap() if wrapped else case.model()
-            if not wrapped:
-                torch.manual_seed(7)
-                model.add_adapter(case.config())
-            model.train()(**case.batch()).loss.backward()
-            gradients.append([p.grad for p in model.parameters() if p.grad is not None])
-        assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

@@ -134,6 +134,7 @@ class Case:
 
 CASES = {
     "mole": Case(mole, text_batch),
+    "mole-by-sample": Case(lambda: mole(router_aux_loss_type="mole"), text_batch),
     "mole-task-only": Case(lambda: mole(0.0), text_batch),
     "mole-global": Case(lambda: mole(router_aux_loss_scope="global", router_z_loss_coef=0.1), text_batch),
     "mole-pooled-global": Case(

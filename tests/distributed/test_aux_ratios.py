@@ -1,4 +1,4 @@
-"""The table of `docs/howto/scale.md` is what `aux_ratios.py` measured, and its rows on trl's DPO and GRPO still hold."""
+"""The table of `docs/howto/scale.md` is what `aux_ratios.py` measured; its rows on trl's DPO and GRPO still hold."""
 
 from __future__ import annotations
 

@@ -80,6 +80,41 @@ def assert_saved_weights_are_whole(found: dict, folder: Path, name: str) -> None
     assert all(torch.equal(loaded[key], weight) for key, weight in found["weights"].items())
 
 
+def arguments_of(checkpointing: str, find_unused: bool | None) -> dict:
+    kwargs = {"use_reentrant": checkpointing == "reentrant"}
+    turned_on = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": kwargs}
+    return {"ddp_find_unused_parameters": find_unused, **(turned_on if checkpointing != "none" else {})}
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "find_unused", "names"),
+    [
+        ("none", None, ["mole-by-sample"]),
+        # what `test_wrapped.py` shows too, without a `Trainer`
+        pytest.param("non_reentrant", None, ["mole", "mocle", "moextend"], marks=pytest.mark.exhaustive),
+        pytest.param("reentrant", False, ["mole", "mocle-table-per-layer", "moextend"], marks=pytest.mark.exhaustive),
+    ],
+)
+def test_ddp_trains_like_one_process(tmp_path, checkpointing, find_unused, names):
+    arguments = arguments_of(checkpointing, find_unused)
+    options = json.dumps({"accumulation": 2, "arguments": arguments})
+    found, other = launch(SCRIPT, tmp_path / "two", 2, options, *names)
+    for name in names:
+        assert found[name]["sharing"] == "DistributedDataParallel"
+        assert torch.equal(flat(found[name]["weights"]), flat(other[name]["weights"]))
+        assert_as_in_one_process(found[name], tmp_path / "one", name, arguments=arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "find_unused", "way_out"),
+    [("mole", True, "ddp_find_unused_parameters=False"), ("mocle", False, "cluster_embedding_scope='layer'")],
+)
+def test_reentrant_checkpointing_that_ddp_cannot_bear_is_refused(tmp_path, name, find_unused, way_out):
+    options = json.dumps({"accumulation": 1, "arguments": arguments_of("reentrant", find_unused)})
+    for found in launch(SCRIPT, tmp_path, 2, options, name):
+        assert "use_reentrant" in found[name]["error"] and way_out in found[name]["error"]
+
+
 def test_zero3_trains_mole_like_one_process_and_resumes(tmp_path):
     first, second = launch_zero(tmp_path / "two", "zero3", "mole", "mole-task-only")
     for found in (first["mole"], second["mole"]):

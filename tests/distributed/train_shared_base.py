@@ -1,4 +1,4 @@
-"""Run by torchrun: adapters on a base model that transformers shares out while it loads; every rank writes a report."""
+"""Run by torchrun: adapters on a base model that transformers shares out while it loads; each rank writes a report."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from transformers.distributed import DistributedConfig
 from models.tiny_llava import image_batch, labels_of
 from peft_moe import MoCLEConfig, MoeLlavaForConditionalGeneration, MoExtendConfig, MoLEConfig
 from tiny_models import token_batch
-from told import tell
 
 
 EXPERT_PARALLEL = {"fsdp_size": 2, "ep_size": 2}
@@ -74,7 +73,7 @@ def refusal(function, *args, **kwargs) -> str | None:
     try:
         function(*args, **kwargs)
     except ValueError as error:
-        return tell(error)
+        return str(error)
     return None
 
 

@@ -1,4 +1,4 @@
-"""Run by torchrun or `accelerate launch`: the `Trainer` on several processes; every rank writes what it saw to a file."""
+"""Run by torchrun or `accelerate launch`: the `Trainer` on several processes; each rank writes what it saw."""
 
 from __future__ import annotations
 
@@ -112,7 +112,10 @@ def run(folder: Path, name: str, options: dict) -> dict:
     model, again = build(name, options), build(name, options)
     before, first = weights_of(model), FirstStep()
     trainer = new_trainer(model, folder, name, options, callbacks=[first])
-    trainer.train()
+    try:
+        trainer.train()
+    except RuntimeError as error:
+        return {"error": str(error)}
     found = {
         "before": before,
         "first": first.weights,

@@ -1,4 +1,4 @@
-"""The MoCLE examples run from end to end in a small form: a tiny model with the tokenizer of the real one, real MiniLM."""
+"""The MoCLE examples run from end to end in a small form: a tiny model with a real tokenizer, and real MiniLM."""
 
 from __future__ import annotations
 

@@ -71,6 +71,7 @@ def test_an_interrupted_run_goes_on_after_its_last_finished_stage(finished):
     assert json.loads(report_file.read_text())["III"]["losses"] == pytest.approx(report["III"]["losses"], rel=0.5)
 
 
+@pytest.mark.exhaustive
 def test_other_settings_do_not_mix_with_an_earlier_run(finished):
     result = run("train.py", *SIZE, "--num_experts", "2", "--output_dir", finished, check=False)
     assert result.returncode != 0
@@ -85,6 +86,7 @@ def test_evaluation_scores_easy_vqa(finished, tmp_path):
     assert len((tmp_path / "predictions.jsonl").read_text().splitlines()) == 8
 
 
+@pytest.mark.exhaustive
 def test_evaluation_takes_another_data_set_with_several_answers(finished, tmp_path):
     rows = {
         "picture": [{"bytes": picture_bytes(), "path": None}] * 3,
@@ -99,6 +101,7 @@ def test_evaluation_takes_another_data_set_with_several_answers(finished, tmp_pa
     assert json.loads((tmp_path / "scores.json").read_text())["num_questions"] == 3
 
 
+@pytest.mark.exhaustive
 def test_a_missing_column_is_named(finished, tmp_path):
     arguments = ["--model", finished / "stage_III", "--answer_column", "answers", "--output_dir", tmp_path]
     result = run("evaluate_vqa.py", *arguments, check=False)

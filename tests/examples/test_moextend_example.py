@@ -82,7 +82,8 @@ from train import upcycle
 from transformers import LlamaConfig, LlamaForCausalLM
 torch.manual_seed(0)
 dense = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-    num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, rope_theta=5e4, initializer_range=0.2)).eval()
+    num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, rope_theta=5e4,
+    initializer_range=0.2)).eval()
 ids = torch.randint(3, 64, (2, 9))
 sparse = upcycle(dense, num_experts=4, expert_noise=0.0).eval()
 torch.testing.assert_close(sparse(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-4)

@@ -97,6 +97,7 @@ def test_every_picture_table_and_count_is_written(model_folder, columns, tmp_pat
     assert [title.split(" (")[0] for title in titles] == ["## Expert load", "## Modalities", "## Pathways"]
 
 
+@pytest.mark.exhaustive
 def test_sets_of_experts_can_be_followed(model_folder, columns, tmp_path):
     run(model_folder, *columns, "--output_dir", tmp_path, "--choice", "top_k", "--limit", 2)
     pathways = ExpertPathways.from_dict(json.loads((tmp_path / "experts.json").read_text())["pathways"])

@@ -1,6 +1,7 @@
 """What users and checkpoints depend on is written down here, so that a change of it shows in the diff.
 
-After a change on purpose: `UPDATE_GOLDEN=1 python -m pytest tests/golden`, and a line under *Checkpoints* in the changelog.
+After a change on purpose: `UPDATE_GOLDEN=1 python -m pytest tests/golden`, and a line under *Checkpoints* in the
+changelog.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ def compare(name: str, found) -> None:
         path.write_text(text)
     assert path.is_file(), f"{path.name} is missing: run UPDATE_GOLDEN=1 python -m pytest tests/golden"
     assert json.loads(text) == json.loads(path.read_text()), (
-        f"{path.name} differs. If that is on purpose, run UPDATE_GOLDEN=1 python -m pytest tests/golden and say in the "
-        "changelog what happens to saved adapters."
+        f"{path.name} differs. If that is on purpose, run UPDATE_GOLDEN=1 python -m pytest tests/golden and say in "
+        "the changelog what happens to saved adapters."
     )
 
 

@@ -1,7 +1,7 @@
-"""A Hugging Face Hub in memory, over real HTTP on loopback: repositories with history, LFS, and faults on demand.
+"""A Hugging Face Hub in memory, over real HTTP on loopback: repositories with history, LFS and rules for model cards.
 
-It speaks the routes that `huggingface_hub` uses for models, without xet. What it has no answer for is answered by 501 and
-noted in `HubServer.unhandled`, so that a test sees when a client asks for more.
+It speaks the routes that `huggingface_hub` uses for models, without xet. What it has no answer for is answered by 501
+and noted in `HubServer.unhandled`, so that a test sees when a client asks for more.
 """
 
 from __future__ import annotations
@@ -18,27 +18,104 @@ from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from hub_store import Blob, HubError, Repository, card_data, card_problems
+import yaml
 
 
 USER = "someone"
 TOKEN = "hf_dummy"
 LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
+REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+FRONT_MATTER = re.compile(r"\A---\r?\n(.*?)\r?\n---", re.DOTALL)
+
+
+class HubError(Exception):
+    """An answer that says no."""
+
+    def __init__(self, status: int, code: str | None = None, message: str = "", **body: Any) -> None:
+        super().__init__(message)
+        self.status, self.code, self.body = status, code, {"error": message, **body}
+
+
+@dataclass(frozen=True)
+class Blob:
+    """A file at one point of history."""
+
+    content: bytes
+    is_lfs: bool
+
+    @property
+    def git_oid(self) -> str:
+        return hashlib.sha1(b"blob %d\0" % len(self.content) + self.content).hexdigest()
+
+    @property
+    def etag(self) -> str:
+        return hashlib.sha256(self.content).hexdigest() if self.is_lfs else self.git_oid
+
+    def listing(self, path: str) -> dict[str, Any]:
+        entry = {"type": "file", "path": path, "size": len(self.content), "oid": self.git_oid}
+        if self.is_lfs:
+            entry["lfs"] = {"oid": self.etag, "size": len(self.content), "pointerSize": 134}
+        return entry
 
 
 @dataclass
-class Fault:
-    """What goes wrong with the next requests that fit: a status, or `None` for a connection that is cut.
+class Repository:
+    """Files of every commit, and what the branches point to."""
 
-    With `is_handled` the server does what it was asked for first, and only the answer is lost.
-    """
+    private: bool = False
+    commits: dict[str, dict[str, Blob]] = field(default_factory=dict)
+    titles: dict[str, str] = field(default_factory=dict)
+    parents: dict[str, str | None] = field(default_factory=dict)
+    branches: dict[str, str] = field(default_factory=dict)
 
-    method: str
-    path: str
-    status: int | None
-    times: int
-    is_handled: bool = False
-    has_struck: bool = False
+    def commit(self, branch: str, files: dict[str, Blob], title: str) -> str:
+        """Move `branch` to a new commit that holds `files`."""
+        listing = "".join(f"{path} {blob.etag}\n" for path, blob in sorted(files.items()))
+        sha = hashlib.sha1(f"{len(self.commits)} {title}\n{listing}".encode()).hexdigest()
+        self.parents[sha] = self.branches.get(branch)
+        self.commits[sha], self.titles[sha], self.branches[branch] = files, title, sha
+        return sha
+
+    def log(self, revision: str) -> list[str]:
+        """The commits that led to a revision, newest first."""
+        found: list[str] = []
+        sha: str | None = self.resolve(revision)
+        while sha is not None:
+            found.append(sha)
+            sha = self.parents[sha]
+        return found
+
+    def resolve(self, revision: str) -> str:
+        """The commit that a branch or a commit id means; `HubError` if there is none."""
+        sha = self.branches.get(revision, revision)
+        if sha not in self.commits:
+            raise HubError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        return sha
+
+
+def card_data(content: str) -> dict[str, Any]:
+    """The metadata at the head of a model card."""
+    found = FRONT_MATTER.match(content)
+    return (yaml.safe_load(found[1]) or {}) if found else {}
+
+
+def card_problems(content: str) -> list[str]:
+    """What the Hub is known to refuse in a model card; the real one checks more."""
+    try:
+        data = card_data(content)
+    except yaml.YAMLError as error:
+        return [f"invalid YAML: {error}"]
+    bases = data.get("base_model") or []
+    problems = [
+        f'"base_model" with value "{base}" is not valid. Use a model id from https://hf.co/models.'
+        for base in ([bases] if isinstance(bases, str) else bases)
+        if not REPO_ID.fullmatch(base)
+    ]
+    tags = data.get("tags") or []
+    if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
+        problems.append('"tags" must be an array of strings')
+    names = ("library_name", "pipeline_tag", "license")
+    return problems + [f'"{name}" must be a string' for name in names if not isinstance(data.get(name, ""), str)]
 
 
 class HubServer:
@@ -47,8 +124,6 @@ class HubServer:
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
         self.lfs: dict[str, bytes] = {}
-        self.faults: list[Fault] = []
-        self.requests: list[str] = []
         self.unhandled: list[str] = []
         self.lock = threading.RLock()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
@@ -78,18 +153,7 @@ class HubServer:
         repository = self.repositories[repo_id]
         return [repository.titles[sha] for sha in repository.log("main")]
 
-    def check(self) -> None:
-        """Raise `AssertionError` if a request was not understood, or a fault has met no request that it fits."""
-        assert self.unhandled == []
-        missed = [fault for fault in self.faults if not fault.has_struck]
-        assert not missed, missed
-
     # what the routes do
-
-    def fail_next(self, request: Request) -> Answer:
-        """Not of the Hub: a test asks for a fault."""
-        self.faults.append(Fault(**request.json()))
-        return Answer()
 
     def create(self, request: Request) -> Answer:
         request.check_token()
@@ -122,27 +186,19 @@ class HubServer:
         request.check_token()
         repository = self.repository(request, repo_id)
         present = repository.commits[repository.resolve(revision)]
-        answers = []
-        for file in request.json()["files"]:
-            path = file["path"]
-            answers.append(
-                {
-                    "path": path,
-                    "uploadMode": "lfs" if path.endswith(LFS_SUFFIXES) else "regular",
-                    "shouldIgnore": False,
-                    "oid": present[path].etag if path in present else None,
-                }
-            )
-        return Answer({"files": answers})
+        paths = [file["path"] for file in request.json()["files"]]
+        kinds = ["lfs" if path.endswith(LFS_SUFFIXES) else "regular" for path in paths]
+        oids = [present[path].etag if path in present else None for path in paths]
+        files = zip(paths, kinds, oids, strict=True)
+        return Answer({"files": [{"path": p, "uploadMode": k, "shouldIgnore": False, "oid": o} for p, k, o in files]})
 
     def lfs_batch(self, request: Request, repo_id: str) -> Answer:
         request.check_token()
         self.repository(request, repo_id)
         objects = []
         for wanted in request.json()["objects"]:
-            action = {"href": f"{self.url}/lfs/{wanted['oid']}", "header": {}}
-            actions = {} if wanted["oid"] in self.lfs else {"upload": action, "verify": action}
-            objects.append({**wanted, **({"actions": actions} if actions else {})})
+            upload = {"actions": {"upload": {"href": f"{self.url}/lfs/{wanted['oid']}", "header": {}}}}
+            objects.append({**wanted, **({} if wanted["oid"] in self.lfs else upload)})
         return Answer({"transfer": "basic", "objects": objects})
 
     def lfs_upload(self, request: Request, oid: str) -> Answer:
@@ -151,38 +207,19 @@ class HubServer:
         self.lfs[oid] = request.body
         return Answer()
 
-    def lfs_verify(self, request: Request, oid: str) -> Answer:
-        asked = request.json()
-        if asked["oid"] != oid or len(self.lfs.get(oid, b"")) != asked["size"]:
-            raise HubError(404, message=f"there is no object {asked}")
-        return Answer()
-
     def commit(self, request: Request, repo_id: str, revision: str) -> Answer:
-        """All of a commit or nothing: the branch moves after the last line has been understood."""
         request.check_token()
         repository = self.repository(request, repo_id)
         files = dict(repository.commits[repository.resolve(revision)])
-        if revision not in repository.branches:
-            raise HubError(403, message=f"{revision} is no branch")
         title = ""
         for line in request.body.splitlines():
             key, value = (item := json.loads(line))["key"], item["value"]
             if key == "header":
                 title = value["summary"]
-                if value.get("parentCommit") not in (None, repository.branches[revision]):
-                    raise HubError(412, message="A commit has happened since")
             elif key == "file":
                 files[value["path"]] = Blob(base64.b64decode(value["content"], validate=True), False)
             elif key == "lfsFile":
-                if value["oid"] not in self.lfs:
-                    raise HubError(400, message=f"{value['path']} has not been uploaded")
                 files[value["path"]] = Blob(self.lfs[value["oid"]], True)
-            elif key in ("deletedFile", "deletedFolder"):
-                gone = [p for p in files if p == value["path"] or p.startswith(value["path"].rstrip("/") + "/")]
-                if not gone:
-                    raise HubError(404, "EntryNotFound", "A file with this name doesn't exist")
-                for path in gone:
-                    del files[path]
             else:
                 raise HubError(501, message=f"unknown line {key}")
         sha = repository.commit(revision, files, title)
@@ -232,32 +269,23 @@ class HubServer:
                 if parent != "." and parent.startswith(start):
                     below[parent] = {"type": "directory", "path": parent, "size": 0, "oid": "0" * 40}
         is_recursive = request.query.get("recursive", ["false"])[0].lower() in ("1", "true")
-        listing = [entry for path, entry in sorted(below.items()) if is_recursive or "/" not in path[len(start) :]]
-        return Answer(listing)
+        return Answer(
+            [entry for path, entry in sorted(below.items()) if is_recursive or "/" not in path[len(start) :]]
+        )
 
     def resolve(self, request: Request, repo_id: str, revision: str, path: str) -> Answer:
         repository = self.repository(request, repo_id)
         sha = repository.resolve(revision)
         blob = repository.commits[sha].get(path)
-        headers = {"X-Repo-Commit": sha}
         if blob is None:
             raise HubError(404, "EntryNotFound", f"{path} does not exist on {revision}")
-        headers |= {"ETag": f'"{blob.etag}"', "Accept-Ranges": "bytes"}
+        headers = {"X-Repo-Commit": sha, "ETag": f'"{blob.etag}"'}
         if blob.is_lfs:
             headers |= {"X-Linked-Etag": f'"{blob.etag}"', "X-Linked-Size": str(len(blob.content))}
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("Range", ""))
-        if wanted is None:
-            return Answer(blob.content, headers=headers)
-        start, end = int(wanted[1]), int(wanted[2] or len(blob.content) - 1)
-        headers["Content-Range"] = f"bytes {start}-{end}/{len(blob.content)}"
-        return Answer(blob.content[start : end + 1], status=206, headers=headers)
+        return Answer(blob.content, headers=headers)
 
     def repository(self, request: Request, repo_id: str) -> Repository:
-        """A repository that whoever asks may see.
-
-        Raises:
-            HubError: there is none; the answer does not tell whether a private one exists.
-        """
+        """A repository that whoever asks may see; else the answer does not tell whether a private one exists."""
         repository = self.repositories.get(repo_id)
         if repository is None or (repository.private and not request.has_token):
             raise HubError(404 if request.has_token else 401, "RepoNotFound", "Repository not found")
@@ -286,16 +314,15 @@ class Request:
 
 @dataclass
 class Answer:
-    """What is answered: bytes as they are, anything else as JSON. Without a status the connection is cut."""
+    """What is answered: bytes as they are, anything else as JSON."""
 
     body: Any = field(default_factory=dict)
-    status: int | None = 200
+    status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
 
 
 NAME = r"(?P<repo_id>[\w.-]+/[\w.-]+)"
 ROUTES: list[tuple[str, str, Callable[..., Answer]]] = [
-    ("POST", "/fail-next", HubServer.fail_next),
     ("POST", "/api/repos/create", HubServer.create),
     ("GET", "/api/whoami-v2", HubServer.whoami),
     ("GET", "/api/agent-harnesses", HubServer.agents),
@@ -308,7 +335,6 @@ ROUTES: list[tuple[str, str, Callable[..., Answer]]] = [
     ("GET", f"/api/models/{NAME}(/revision/(?P<revision>[^/]+))?", HubServer.info),
     ("POST", rf"/{NAME}\.git/info/lfs/objects/batch", HubServer.lfs_batch),
     ("PUT", "/lfs/(?P<oid>[0-9a-f]{64})", HubServer.lfs_upload),
-    ("POST", "/lfs/(?P<oid>[0-9a-f]{64})", HubServer.lfs_verify),
     ("GET", f"/{NAME}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", HubServer.resolve),
 ]
 
@@ -325,22 +351,14 @@ class _Handler(BaseHTTPRequestHandler):
             body = self._chunks()
         request = Request(body, self.headers, parse_qs(address.query))
         with self.hub.lock:
-            self.hub.requests.append(f"{self.command} {address.path}")
-            fault = self._fault(address.path)
             try:
-                if fault is None or fault.is_handled:
-                    answer = self._answer(address.path, request)
-                if fault is not None:
-                    answer = Answer(status=fault.status)
+                answer = self._answer(address.path, request)
             except HubError as error:
                 headers = {"X-Error-Message": str(error), **({"X-Error-Code": error.code} if error.code else {})}
                 answer = Answer(error.body, error.status, headers)
                 if error.status == 501:
                     self.hub.unhandled.append(f"{self.command} {self.path}: {error}")
-        if answer.status is None:
-            self.close_connection = True
-        else:
-            self._send(answer)
+        self._send(answer)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = handle_any
 
@@ -351,14 +369,6 @@ class _Handler(BaseHTTPRequestHandler):
                 parts = {name: unquote(value) for name, value in found.groupdict().items() if value is not None}
                 return handler(self.hub, request, **parts)
         raise HubError(501, message="unhandled route")
-
-    def _fault(self, path: str) -> Fault | None:
-        for fault in self.hub.faults:
-            if fault.times and fault.method == self.command and re.fullmatch(fault.path, path):
-                fault.times -= 1
-                fault.has_struck = True
-                return fault
-        return None
 
     def _chunks(self) -> bytes:
         chunks = []

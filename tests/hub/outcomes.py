@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import traceback
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,7 @@ def expect(name: str, model: torch.nn.Module, batch: dict[str, Any]) -> torch.Te
 
 
 def compare(name: str, load: Callable[[], torch.nn.Module]) -> str:
-    """`EQUAL` if what `load` gives says the same as the model that was pushed, to the bit; or what happened instead."""
+    """`EQUAL` if what `load` gives says to the bit what the pushed model says; or what happened instead."""
     batch = safetensors.torch.load_file(FOLDER / f"{name}.safetensors")
     expected = batch.pop("expected")
     try:
@@ -45,13 +43,6 @@ def error_of(call: Callable[[], Any]) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
-
-
-def fail_next(method: str, path: str, status: int | None, *, is_handled: bool = False, times: int = 1) -> None:
-    """Ask the server for a fault in the next requests that fit."""
-    fault = {"method": method, "path": path, "status": status, "is_handled": is_handled, "times": times}
-    request = urllib.request.Request(f"{os.environ['HF_ENDPOINT']}/fail-next", json.dumps(fault).encode())
-    urllib.request.urlopen(request, timeout=10).read()
 
 
 def finish(results: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from huggingface_hub import HfApi, ModelCard
-from outcomes import FOLDER, error_of, expect, fail_next, finish
+from outcomes import FOLDER, error_of, expect, finish
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
@@ -27,7 +27,7 @@ def adapted(name: str) -> tuple[TunerCase, PeftModel]:
 
 
 def as_saved(model: PreTrainedModel, name: str) -> PreTrainedModel:
-    """The same weights, mapped from a file as those from the Hub will be: their alignment in memory can change last bits."""
+    """The same weights, mapped from a file as those from the Hub: alignment in memory can change last bits."""
     model.save_pretrained(FOLDER / name)
     loaded = type(model).from_pretrained(FOLDER / name)
     for key, tensor in model.state_dict().items():
@@ -169,28 +169,6 @@ def push_clusters(notes: dict) -> None:
     InstructionClusterer(centroids, encoder="an/encoder").push_to_hub("someone/clusters")
 
 
-def push_with_faults(notes: dict) -> None:
-    """Each fault meets one push of changed weights; the head of the repository before and after tells what is visible."""
-    case, model = adapted("mole")
-    model.push_to_hub("someone/faulty")
-    commit, upload = "/api/models/someone/faulty/commit/main", "/lfs/.*"
-    faults = {
-        "commit refused": ("POST", commit, 500),
-        "commit cut off": ("POST", commit, None),
-        "upload refused": ("PUT", upload, 403),
-        "upload refused once": ("PUT", upload, 500),
-        "answer to the commit lost": ("POST", commit, None),
-    }
-    results = notes["faults"] = {}
-    for name, (method, path, status) in faults.items():
-        change(model)
-        before = api.model_info("someone/faulty").sha
-        fail_next(method, path, status, is_handled=name.startswith("answer"))
-        error = error_of(lambda: model.push_to_hub("someone/faulty"))
-        results[name] = {"error": error, "moved": api.model_info("someone/faulty").sha != before}
-    expect("faulty", model, case.batch())
-
-
 def check_cards(notes: dict) -> None:
     """As `huggingface_hub` does it, with the server's rules."""
     cards = notes["cards"] = {}
@@ -218,7 +196,6 @@ def main() -> None:
         push_what_needs_no_plugin,
         push_moe_llava,
         push_clusters,
-        push_with_faults,
         check_cards,
     ):
         push(notes)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import peft
 import pytest
-from hub_store import card_problems
+from hub_server import card_problems
 from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
@@ -35,6 +35,21 @@ def save(model: PeftModel, folder: Path, *, base: str | None = BASE) -> ModelCar
 def section_of(card: ModelCard) -> str:
     """What this package wrote."""
     return card.text.partition(HEADING)[2].partition("\n## ")[0]
+
+
+@pytest.mark.parametrize(
+    ("card", "problem"),
+    [
+        ("---\nbase_model: [someone/base, gpt2]\ntags: [a, b]\n---\n", None),
+        ("---\nbase_model: /a/folder\n---\n", '"base_model" with value "/a/folder" is not valid'),
+        ("---\ntags: [1]\n---\n", '"tags" must be an array'),
+        ("---\nlibrary_name: [peft]\n---\n", '"library_name" must be a string'),
+        ("---\na: [\n---\n", "invalid YAML"),
+    ],
+)
+def test_the_hub_of_the_tests_knows_the_rules_for_cards(card, problem):
+    problems = card_problems(card)
+    assert (problems == []) if problem is None else (len(problems) == 1 and problem in problems[0])
 
 
 @every_tuner

@@ -1,4 +1,4 @@
-"""Run by `test_triton_interpreter.py` in a process whose Triton interprets: what the conformance cases are too small for."""
+"""Run by `test_triton_interpreter.py` where Triton interprets: what the conformance cases are too small for."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from kernel_oracle import outputs_and_gradients
 
 from peft_moe.kernels import DispatchPlan, lora_experts
 from peft_moe.kernels.backends import triton as backend
-from peft_moe.kernels.triton import is_interpreted, tiles
-from peft_moe.kernels.triton.launch import dense, examples, pairs, sort, sorted_rows
-from peft_moe.kernels.triton.programs import shared
+from peft_moe.kernels.call import Call
+from peft_moe.kernels.triton import is_interpreted, launch_lora, rows
+from peft_moe.kernels.triton import tiles as sizes
+from peft_moe.kernels.triton.programs import dense, examples, pairs, shared, sort, sorted_rows
 
 
 assert is_interpreted(), "TRITON_INTERPRET=1 has to be set before triton is imported"
@@ -125,7 +126,7 @@ def test_every_path_is_right_for_every_shape(name, path, monkeypatch, poison):
 )
 def test_split_sums_add_up(name, path, monkeypatch, poison):
     monkeypatch.setattr(backend, "path_of", lambda *shape: path)
-    monkeypatch.setattr(tiles, "ROWS_PER_SPLIT", 8)
+    monkeypatch.setattr(sizes, "ROWS_PER_SPLIT", 8)
     seen = []
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *size, **more: seen.append(size) or empty(*size, **more))
@@ -146,17 +147,17 @@ def sorted_by_torch(index: torch.Tensor, tokens_per_example: int, num_experts: i
 )
 def test_the_sort_is_that_of_torch(num_examples, tokens_per_example, num_experts, top_k, monkeypatch, poison):
     if num_experts == 100:
-        monkeypatch.setattr(sort, "SORT_TILE", 256)
+        monkeypatch.setattr(rows, "SORT_TILE", 256)
     index = torch.randint(num_experts, (num_examples, top_k), generator=torch.Generator().manual_seed(0))
-    found = sort.run_sort(index, tokens_per_example, num_experts)
+    found = rows.run_sort(index, tokens_per_example, num_experts)
     expected = sorted_by_torch(index, tokens_per_example, num_experts)
     assert all(torch.equal(f.long(), e) for f, e in zip(found, expected))
 
 
 def test_a_sort_serves_all_linears_and_backward(monkeypatch):
     calls = []
-    right = sort.run_sort
-    monkeypatch.setattr(sort, "run_sort", lambda *arguments: calls.append(1) or right(*arguments))
+    right = rows.run_sort
+    monkeypatch.setattr(rows, "run_sort", lambda *arguments: calls.append(1) or right(*arguments))
     case = LARGE["many_wide_experts"]
     inputs, plan = make_inputs(case, torch.float32), DispatchPlan.from_index(make_index(case), case.num_experts)
     for _ in range(2):
@@ -167,7 +168,7 @@ def test_a_sort_serves_all_linears_and_backward(monkeypatch):
 @pytest.mark.parametrize("name", ["top_2", "one_example", "universal", "several_tiles"])
 def test_nothing_is_sorted_where_nothing_has_to_be(name, monkeypatch):
     case = {**LARGE, **CASES}[name]
-    monkeypatch.setattr(sort, "run_sort", None)
+    monkeypatch.setattr(rows, "run_sort", None)
     results(case, torch.float32)
 
 
@@ -227,12 +228,13 @@ def test_a_compiled_decode_step_needs_no_gradient():
 def test_ops_obey_the_rules_of_torch_library(path):
     case = CASES["top_2"]
     inputs = make_inputs(case, torch.float32)
-    rows = backend.rows_of(DispatchPlan.from_index(make_index(case), case.num_experts), is_sorted=path == "sorted")
+    plan = DispatchPlan.from_index(make_index(case), case.num_experts)
+    given = Call(*inputs.values(), plan, case.scaling, inplace=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "path_of", lambda *shape: path)
         torch.library.opcheck(
             backend.lora_op,
-            (*inputs.values(), *backend.tensors_of(rows), rows.tokens_per_example, case.scaling),
+            backend.tensors_of(given, backend.rows_for(given)),
             test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
         )
 
@@ -275,7 +277,7 @@ def test_bfloat16_is_rounded_to_the_nearest():
 
 
 CHANGES = {
-    "sorted_rows": {
+    sorted_rows: {
         "the weight of another slot": ("* K + slot, mask=is_row", "* K, mask=is_row"),
         "no scaling": ("tl.float32) + scaling", "tl.float32) + 1.0"),
         "segments end a row early": ("is_row = rows < stop", "is_row = rows < stop - 1"),
@@ -284,7 +286,7 @@ CHANGES = {
         "the output of a neighbour": ("tl.store(out + token[:, None] * W", "tl.store(out + (token[:, None] ^ 1) * W"),
         "the rest of the columns": ("range(0, D, BLOCK_D)", "range(0, D - BLOCK_D, BLOCK_D)"),
     },
-    "examples": {
+    examples: {
         "the weight of another slot": ("weight + choice, mask=is_column", "weight + choice // K * K, mask=is_column"),
         "the weight of another slot in gradients": ("tl.load(weight + choice)", "tl.load(weight + (choice // K) * K)"),
         "no scaling": ("tl.float32) + scaling", "tl.float32) + 1.0"),
@@ -302,7 +304,7 @@ CHANGES = {
         "a split takes the turn of another": ("turn = split", "turn = 0 * split"),
         "the rest of the columns": ("range(0, D, BLOCK_D)", "range(0, D - BLOCK_D, BLOCK_D)"),
     },
-    "dense": {
+    dense: {
         "the weight of another slot": ("weight + choice + slot", "weight + choice"),
         "no scaling": ("tl.float32) + scaling", "tl.float32) + 1.0"),
         "the values of experts that were not chosen": ("tl.where(is_it, value, 0.0)", "value"),
@@ -320,7 +322,7 @@ CHANGES = {
         "a split takes the turn of another": ("range(split * BLOCK_N", "range(0 * split * BLOCK_N"),
         "the rest of the columns": ("range(0, D, BLOCK_D)", "range(0, D - BLOCK_D, BLOCK_D)"),
     },
-    "pairs": {
+    pairs: {
         "the weight of another slot": ("tl.load(weight + choice)", "tl.load(weight + choice - slot)"),
         "no scaling": ("factor = scaling", "factor = 1.0"),
         "a slot is left out": ("for slot in range(0, K)", "for slot in range(0, K - 1)"),
@@ -336,23 +338,22 @@ SORT_CHANGES = {
     "steps overwrite each other": ("next_row += tl.sum(is_mine, 0)", "next_row += 0"),
     "the choices of another slot": ("* K + slot, mask", "* K, mask"),
 }
-LAUNCHERS = {"sorted_rows": sorted_rows, "examples": examples, "dense": dense, "pairs": pairs}
 # small shapes in which each change shows: two steps along the width, a remainder of the columns, several splits
 SHOWS_IN = {
-    "sorted_rows": ("sorted", dataclasses.replace(CASES["top_2"], num_tokens=10, in_features=136)),
-    "examples": ("examples", KernelCase("", 36, 136, 20, 4, 10, tokens_per_example=18, forced=[[1, 3], [2, 3]])),
-    "dense": ("dense", KernelCase("", 36, 136, 20, 4, 50, forced=[[1, 3], [2, 3], [1, 1]] * 12)),
-    "pairs": ("decode", dataclasses.replace(CASES["by_example"], num_tokens=4, in_features=520, tokens_per_example=2)),
+    sorted_rows: ("sorted", dataclasses.replace(CASES["top_2"], num_tokens=10, in_features=136)),
+    examples: ("examples", KernelCase("", 36, 136, 20, 4, 10, tokens_per_example=18, forced=[[1, 3], [2, 3]])),
+    dense: ("dense", KernelCase("", 36, 136, 20, 4, 50, forced=[[1, 3], [2, 3], [1, 1]] * 12)),
+    pairs: ("decode", dataclasses.replace(CASES["by_example"], num_tokens=4, in_features=520, tokens_per_example=2)),
 }
 
 
-def changed(launcher: ModuleType, right: str, wrong: str, folder: Path) -> ModuleType:
-    """The programs of a launcher with one passage replaced."""
-    source = Path(launcher.programs.__file__).read_text()
+def changed(programs: ModuleType, right: str, wrong: str, folder: Path) -> ModuleType:
+    """Programs with one passage replaced."""
+    source = Path(programs.__file__).read_text()
     assert right in source
     file = folder / "changed.py"
     file.write_text(source.replace(right, wrong))
-    spec = importlib.util.spec_from_file_location(f"{launcher.programs.__package__}.changed", file)
+    spec = importlib.util.spec_from_file_location(f"{programs.__package__}.changed", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -362,32 +363,40 @@ def changed(launcher: ModuleType, right: str, wrong: str, folder: Path) -> Modul
 def error_of(monkeypatch):
     """The worst error of a family of programs on its shape."""
 
-    def worst(family: str) -> float:
+    def worst(family: ModuleType) -> float:
         path, case = SHOWS_IN[family]
         monkeypatch.setattr(backend, "path_of", lambda *shape: path)
-        monkeypatch.setattr(tiles, "ROWS_PER_SPLIT", 8)
+        monkeypatch.setattr(sizes, "ROWS_PER_SPLIT", 8)
         return worst_error(case)
 
     return worst
 
 
-@pytest.mark.parametrize("family", SHOWS_IN)
+def name_of(value: object) -> str:
+    return value.__name__.rpartition(".")[2] if isinstance(value, ModuleType) else str(value)
+
+
+@pytest.mark.parametrize("family", SHOWS_IN, ids=name_of)
 def test_the_unchanged_programs_are_right(family, error_of):
     assert error_of(family) <= 1e-5
 
 
-@pytest.mark.parametrize(("family", "name"), [(family, name) for family in CHANGES for name in CHANGES[family]])
+@pytest.mark.parametrize(
+    ("family", "name"), [(family, name) for family in CHANGES for name in CHANGES[family]], ids=name_of
+)
 def test_a_wrong_program_is_noticed(family, name, tmp_path, monkeypatch, error_of):
-    launcher = LAUNCHERS[family]
-    monkeypatch.setattr(launcher, "programs", changed(launcher, *CHANGES[family][name], tmp_path))
+    wrong, path = changed(family, *CHANGES[family][name], tmp_path), SHOWS_IN[family][0]
+    programs = [one and getattr(wrong, one.fn.__name__) for one in launch_lora.PROGRAMS[path]]
+    monkeypatch.setitem(launch_lora.PROGRAMS, path, launch_lora.Programs(*programs))
     assert not error_of(family) <= 1e-2
 
 
 @pytest.mark.parametrize("name", [None, *SORT_CHANGES])
 def test_a_wrong_sort_is_noticed(name, tmp_path, monkeypatch, poison):
     if name is not None:
-        monkeypatch.setattr(sort, "programs", changed(sort, *SORT_CHANGES[name], tmp_path))
-    monkeypatch.setattr(sort, "SORT_TILE", 64)
+        wrong = changed(sort, *SORT_CHANGES[name], tmp_path)
+        monkeypatch.setattr(sort, "sort_by_expert", wrong.sort_by_expert)
+    monkeypatch.setattr(rows, "SORT_TILE", 64)
     index = torch.randint(5, (75, 2), generator=torch.Generator().manual_seed(0))
-    found, expected = sort.run_sort(index, 2, 5), sorted_by_torch(index, 2, 5)
+    found, expected = rows.run_sort(index, 2, 5), sorted_by_torch(index, 2, 5)
     assert all(torch.equal(f.long(), e) for f, e in zip(found, expected)) == (name is None)

@@ -17,9 +17,10 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
-from peft_moe.kernels import explain_ffn_experts, ffn_triton
-from peft_moe.kernels.ffn_triton import ACTIVATIONS, ffn_op, ffn_triton_forward, order_of
-from peft_moe.kernels.triton.launch import ffn as launch
+from peft_moe.kernels import explain_ffn_experts, ffn
+from peft_moe.kernels.ffn import ACTIVATIONS, ffn_op, ffn_triton_forward
+from peft_moe.kernels.triton import launch_ffn as launch
+from peft_moe.kernels.triton.rows import order_of
 from peft_moe.kernels.triton.tiles import Tiles
 from peft_moe.models.moe_llava.experts import EXPERTS_CLASSES
 from tiny_moe import FAMILIES
@@ -57,7 +58,7 @@ def test_half_precision(name, dtype, limit, poison):  # noqa: F811
 @pytest.mark.parametrize("activation", first_of("gelu", "gelu_new", "relu2", "silu", "quick_gelu", "relu", count=3))
 def test_activations(activation, poison):  # noqa: F811
     case = replace(CASES["plain"], activation=activation, num_tokens=9)
-    assert ffn_triton.known_activation(make(case)) is not None
+    assert ffn.known_activation(make(case)) is not None
     assert worst_error(case) <= 1e-5
 
 
@@ -74,7 +75,7 @@ def test_every_known_activation_is_what_transformers_computes():
     found = {}
     for name in ACT2FN:
         experts.act_fn = ACT2FN[name]
-        found[name] = ffn_triton.known_activation(experts)
+        found[name] = ffn.known_activation(experts)
         if found[name] is not None:
             torch.testing.assert_close(experts.act_fn(x), formulas[found[name]](x))
     assert found.items() >= ACTIVATIONS.items() and not any(found[name] for name in ("gelu_10", "mish", "tanh"))
@@ -84,7 +85,7 @@ def test_activations_of_torch_are_known_too():
     experts = make(CASES["plain"])
     known = {nn.SiLU(): "silu", nn.ReLU(): "relu", nn.GELU(): "gelu", nn.GELU("tanh"): "gelu_tanh", nn.Mish(): None}
     for experts.act_fn, name in known.items():
-        assert ffn_triton.known_activation(experts) == name
+        assert ffn.known_activation(experts) == name
 
 
 @pytest.mark.parametrize("register", [nn.Module.register_forward_hook, nn.Module.register_full_backward_hook])
@@ -292,7 +293,7 @@ def test_a_compiled_graph_cannot_hold_an_activation_of_its_own():
 def test_the_op_obeys_the_rules_of_torch_library(keeps_inner):
     case = CASES["transposed"]
     experts, (x, index, weights) = make(case), inputs(case)
-    linears, _ = ffn_triton.linears_of(experts, x.device)
+    linears, _ = ffn.linears_of(experts, x.device)
     leaves = [x.requires_grad_(keeps_inner), weights.requires_grad_(keeps_inner), *linears]
     given = leaves if keeps_inner else [leaf.detach() for leaf in leaves]
     torch.library.opcheck(
@@ -338,5 +339,5 @@ def test_the_unchanged_programs_are_right(small_tiles):
 
 @pytest.mark.parametrize("name", first_of(*CHANGES, count=6))
 def test_a_wrong_program_is_noticed(name, tmp_path, monkeypatch, small_tiles):
-    monkeypatch.setattr(launch, "programs", changed(launch, *CHANGES[name], tmp_path))
+    monkeypatch.setattr(launch, "programs", changed(launch.programs, *CHANGES[name], tmp_path))
     assert not worst_error(SHOWS) <= 1e-2

@@ -19,21 +19,11 @@ DTYPES = [pytest.param(dtype, id=str(dtype).removeprefix("torch.")) for dtype in
 SMALL = dataclasses.replace(CASES["top_2"], num_tokens=5, in_features=8, out_features=8, num_experts=3)
 
 
-def skip_unless_supported(backend: str, case: KernelCase, dtype: torch.dtype) -> None:
-    facts = Case(
-        case.num_tokens,
-        case.in_features,
-        case.out_features,
-        case.num_experts,
-        case.rank,
-        case.top_k if case.is_dispatched else 0,
-        dtype,
-        "cpu",
-        case.tokens_per_example,
-    )
-    for can_run, reason in (BACKENDS[backend].is_usable(), BACKENDS[backend].supports(facts)):
-        if not can_run:
-            pytest.skip(reason)
+def skip_unless_supported(backend: str, case: KernelCase, dtype: torch.dtype, device: str = "cpu") -> None:
+    top_k = case.top_k if case.is_dispatched else 0
+    sizes = (case.num_tokens, case.in_features, case.out_features, case.num_experts, case.rank, top_k)
+    if reason := BACKENDS[backend].refusal(Case(*sizes, dtype, device, case.tokens_per_example)):
+        pytest.skip(reason)
 
 
 def call(backend: str, case: KernelCase, inputs: dict[str, torch.Tensor], **changes: object) -> torch.Tensor:

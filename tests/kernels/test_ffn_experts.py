@@ -1,4 +1,4 @@
-"""`experts_implementation="peft_moe"` against a loop over tokens in float64, in outputs and gradients."""
+"""`experts_implementation="peft_moe"` hands on to what transformers computes fastest; `"peft_moe_triton"` never hands on."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from peft_moe.kernels import explain_ffn_experts, ffn_experts, ffn_triton
-from peft_moe.kernels.ffn_experts import ffn_experts_forward
-from peft_moe.kernels.ffn_triton import ffn_triton_forward
+from peft_moe.kernels import explain_ffn_experts, ffn
+from peft_moe.kernels.ffn import ffn_experts_forward, ffn_triton_forward
 from peft_moe.models.moe_llava.experts import EXPERTS_CLASSES
 from tiny_moe import FAMILIES
 
@@ -120,62 +119,8 @@ def test_outputs_and_gradients_are_those_of_the_loop_over_tokens(kind, top_k):
     assert_close(found, expected(kind, x, index, weights), 1e-5)
 
 
-@pytest.mark.parametrize("kind", ["gated", "transposed"])
-@pytest.mark.parametrize("rows", [1, 3])
-def test_chunks_do_not_change_the_result(kind, rows, monkeypatch):
-    x, index, weights = inputs()
-    monkeypatch.setattr(ffn_experts, "MAX_CHUNK_ROWS", rows)
-    found = with_gradients(ffn_experts_forward, make(kind), x, index, weights)
-    assert_close(found, expected(kind, x, index, weights), 1e-5)
-
-
 def errors(found, wanted):
     return [float((a.double() - b).abs().max() / b.abs().max().clamp(min=1e-6)) for a, b in zip(found, wanted)]
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rows", [3, 1024])
-def test_half_precision_is_no_further_off_than_grouped_mm(dtype, rows, monkeypatch):
-    monkeypatch.setattr(ffn_experts, "MAX_CHUNK_ROWS", rows)
-    x, index, weights = inputs(dtype=dtype)
-    experts = make("gated-bias").to(dtype)
-    found = with_gradients(ffn_experts_forward, experts, x, index, weights)
-    theirs = with_gradients(ALL_EXPERTS_FUNCTIONS["grouped_mm"], experts, x, index, weights)
-    assert all(entry.dtype == (torch.float32 if i == 2 else dtype) for i, entry in enumerate(found))
-    wanted = with_gradients(oracle, experts.double(), x.double(), index, weights.double())
-    for ours, other in zip(errors(found, wanted), errors(theirs, wanted), strict=True):
-        assert ours <= 1.3 * other + torch.finfo(dtype).eps
-
-
-def test_autocast_computes_in_its_dtype_and_keeps_gradients_in_that_of_the_weights():
-    x, index, weights = inputs()
-    experts = make("gated")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = with_gradients(ffn_experts_forward, experts, x, index, weights)
-    assert all(entry.dtype == torch.float32 for entry in found)
-    assert_close(found, expected("gated", x, index, weights), 3e-2)
-    assert not torch.equal(found[0], ffn_experts_forward(experts, x, index, weights))
-
-
-def test_autocast_casts_no_more_than_the_experts_that_run():
-    x, index, weights = inputs(num_tokens=1)
-    experts = make("gated")
-    cast = []
-    to = torch.Tensor.to
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        patch.setattr(torch.Tensor, "to", lambda tensor, *a, **k: cast.append(tensor.shape) or to(tensor, *a, **k))
-        ffn_experts_forward(experts, x, index, weights)
-    assert cast and not any(len(shape) == 3 for shape in cast)
-
-
-def test_experts_of_two_dtypes_are_computed_in_the_wider_one():
-    x, index, weights = inputs()
-    experts = make("gated")
-    experts.gate_up_proj.data = experts.gate_up_proj.data.bfloat16()
-    out, _, _, grad_up, grad_down = with_gradients(ffn_experts_forward, experts, x, index, weights)
-    assert (out.dtype, grad_up.dtype, grad_down.dtype) == (torch.float32, torch.bfloat16, torch.float32)
-    wanted = with_gradients(oracle, experts.double(), x.double(), index, weights.double())
-    assert_close([out, grad_down], [wanted[0], wanted[4]], 1e-5)
 
 
 def test_experts_of_other_processes_contribute_nothing():
@@ -185,66 +130,6 @@ def test_experts_of_other_processes_contribute_nothing():
     experts._is_expert_parallel = True
     found = with_gradients(ffn_experts_forward, experts, x, index, weights)
     assert_close(found, expected("gated-bias", x, index, weights), 1e-5)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_one_token_without_gradients(kind):
-    experts = make(kind)
-    experts._is_expert_parallel = True
-    x, index, weights = inputs(num_tokens=1, top_k=3)
-    index[0, 1] = NUM_EXPERTS
-    with torch.no_grad():
-        found = ffn_experts_forward(experts, x, index, weights)
-        wanted = oracle(make(kind).double(), x.double(), index, weights.double())
-    assert_close([found], [wanted], 1e-5)
-
-
-def test_no_tokens():
-    experts = make("gated")
-    x = torch.zeros(0, WIDTH, requires_grad=True)
-    out = ffn_experts_forward(experts, x, torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2))
-    out.sum().backward()
-    assert out.shape == (0, WIDTH)
-    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in experts.parameters())
-
-
-@pytest.mark.parametrize("frozen", ["all", "first linear", "weights of the router", "input"])
-def test_only_what_is_wanted_gets_a_gradient(frozen):
-    x, index, weights = inputs()
-    experts = make("gated-bias")
-    x.requires_grad_(frozen != "input")
-    weights.requires_grad_(frozen != "weights of the router")
-    for name, parameter in experts.named_parameters():
-        parameter.requires_grad_(not (frozen == "all" or (frozen == "first linear" and name.startswith("gate_up"))))
-    wanted = expected("gated-bias", x.detach(), index, weights.detach())
-    out = ffn_experts_forward(experts, x, index, weights)
-    cotangent = torch.linspace(-1, 1, out.numel()).view_as(out)
-    out.backward(cotangent)
-    for tensor, theirs in zip([x, weights, *experts.parameters()], wanted[1:], strict=True):
-        if not tensor.requires_grad:
-            assert tensor.grad is None
-        else:
-            assert_close([tensor.grad], [theirs], 1e-5)
-
-
-def test_nothing_is_kept_without_gradients(monkeypatch):
-    x, index, weights = inputs()
-    sizes = []
-    new_empty = torch.Tensor.new_empty
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *size: sizes.append(size) or new_empty(self, *size))
-    with torch.no_grad():
-        out = ffn_experts_forward(make("gated"), x, index, weights)
-    assert out.grad_fn is None and not sizes
-    ffn_experts_forward(make("gated"), x, index, weights)
-    assert sizes == [(index.numel(), 2 * INNER)]
-
-
-def test_second_derivative_is_refused():
-    x, index, weights = inputs()
-    x.requires_grad_()
-    out = ffn_experts_forward(make("gated"), x, index, weights)
-    with pytest.raises(RuntimeError, match="no second derivative.*'grouped_mm'"):
-        torch.autograd.grad(out.square().sum(), x, create_graph=True)
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
@@ -311,27 +196,6 @@ def test_lora_on_the_experts_trains():
         assert torch.allclose(ours[name], grad, atol=1e-6), name
 
 
-def test_a_parametrized_weight_is_computed_once_in_a_call():
-    class Doubled(nn.Module):
-        num_calls = 0
-
-        def forward(self, weight):
-            self.num_calls += 1
-            return 2 * weight
-
-    x, index, weights = inputs()
-    experts, doubled = make("gated"), Doubled()
-    with torch.no_grad():
-        expected = ffn_experts_forward(experts, x, index, weights)
-        experts.down_proj.mul_(0.5)
-    nn.utils.parametrize.register_parametrization(experts, "down_proj", doubled, unsafe=True)
-    doubled.num_calls = 0
-    found = ffn_experts_forward(experts, x, index, weights)
-    assert doubled.num_calls == 1
-    torch.testing.assert_close(found, expected)
-    assert explain_ffn_experts(experts).startswith("peft_moe:") and doubled.num_calls == 1
-
-
 @pytest.mark.skipif(
     Version(torch.__version__) < Version("2.9"),
     reason="the compiler of older torch cannot trace the cache of transformers",
@@ -360,16 +224,14 @@ def test_sizes_that_grouped_mm_refuses_compile_too():
 
 def test_explanations():
     experts = make("gated")
-    assert explain_ffn_experts(experts).startswith("peft_moe:")
-    assert explain_ffn_experts(experts, "cuda") == (
-        "grouped_mm: its programs for CUDA were never measured; name 'peft_moe_triton' to use them"
-    )
-    assert explain_ffn_experts(experts, "mps") == "grouped_mm: there is no kernel for 'mps'"
-    experts.has_post_expert_norm = True
-    assert "norm after their second linear" in explain_ffn_experts(experts)
-    experts = make("gated")
-    experts.scale = nn.Parameter(torch.ones(1))
-    assert explain_ffn_experts(experts) == "grouped_mm: the experts have parameters beside their two linears (scale)"
+    assert explain_ffn_experts(experts) == "grouped_mm: dtype and widths are for it"
+    assert explain_ffn_experts(experts.double()) == "batched_mm: grouped_mm does not take float64"
+
+
+def test_float64_is_computed_too():
+    x, index, weights = inputs(dtype=torch.float64)
+    found = with_gradients(ffn_experts_forward, make("gated").double(), x, index, weights.double())
+    assert_close(found, expected("gated", x, index, weights), 1e-12)
 
 
 def test_only_names_of_this_package_are_explained():
@@ -404,8 +266,8 @@ def of_wrappers(experts):
     ],
 )
 def test_the_triton_programs_never_hand_on(change, reason, monkeypatch):
-    monkeypatch.setattr(ffn_triton, "is_usable", lambda: (True, ""))
-    monkeypatch.setattr(ffn_triton, "is_interpreted", lambda: True)
+    monkeypatch.setattr(ffn, "is_usable", lambda: (True, ""))
+    monkeypatch.setattr(ffn, "is_interpreted", lambda: True)
     experts = make("gated")
     assert explain_ffn_experts(experts, implementation="peft_moe_triton") == (
         "peft_moe_triton: Triton programs, with 'gelu' inside"
@@ -421,13 +283,13 @@ def test_the_triton_programs_never_hand_on(change, reason, monkeypatch):
     [(False, "cpu", "CUDA, but these are on 'cpu'"), (True, "cuda", "the CPU, where Triton's interpreter runs")],
 )
 def test_the_triton_programs_run_where_triton_does(is_interpreted, device, where, monkeypatch):
-    monkeypatch.setattr(ffn_triton, "is_usable", lambda: (True, ""))
-    monkeypatch.setattr(ffn_triton, "is_interpreted", lambda: is_interpreted)
+    monkeypatch.setattr(ffn, "is_usable", lambda: (True, ""))
+    monkeypatch.setattr(ffn, "is_interpreted", lambda: is_interpreted)
     assert where in explain_ffn_experts(make("gated"), device, implementation="peft_moe_triton")
 
 
 def test_the_name_is_known_to_transformers_and_says_what_is_missing(monkeypatch):
-    monkeypatch.setattr(ffn_triton, "is_usable", lambda: (False, "there is no CUDA device"))
+    monkeypatch.setattr(ffn, "is_usable", lambda: (False, "there is no CUDA device"))
     model = mixtral()
     model.set_experts_implementation("peft_moe_triton")
     with pytest.raises(RuntimeError, match="'peft_moe_triton' cannot compute MixtralExperts: there is no CUDA"):

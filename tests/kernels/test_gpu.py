@@ -1,8 +1,9 @@
-"""Every backend on a CUDA device: like the oracle, the same in every run, inside a CUDA graph, within the promised memory."""
+"""Every backend on a CUDA device: like the oracle, equal in every run, in a CUDA graph, within the promised memory."""
 
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from ffn_cases import make as make_experts
 from kernel_cases import CASES, KernelCase, make_grad_out, make_index, make_inputs
 from kernel_oracle import outputs_and_gradients
 from test_conformance import LIMITS, gradients, relative_error
+from test_conformance import skip_unless_supported as skip_on
 
-from peft_moe.kernels import BACKENDS, Case, DispatchPlan, lora_experts
-from peft_moe.kernels.ffn_triton import ffn_triton_forward
+from peft_moe.kernels import BACKENDS, DispatchPlan, lora_experts
+from peft_moe.kernels.ffn import ffn_triton_forward
 from peft_moe.kernels.triton.paths import path_of
 
 
@@ -46,12 +48,7 @@ def on_device(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().to(DEVICE).requires_grad_() for name, tensor in tensors.items()}
 
 
-def skip_unless_supported(backend: str, case: KernelCase, dtype: torch.dtype) -> None:
-    sizes = (case.num_tokens, case.in_features, case.out_features, case.num_experts, case.rank, case.top_k)
-    facts = Case(*sizes, dtype, DEVICE, case.tokens_per_example)
-    for can_run, reason in (BACKENDS[backend].is_usable(), BACKENDS[backend].supports(facts)):
-        if not can_run:
-            pytest.skip(reason)
+skip_unless_supported = partial(skip_on, device=DEVICE)
 
 
 def plan_of(case: KernelCase) -> DispatchPlan:
@@ -155,7 +152,7 @@ def test_triton_forward_takes_few_launches(name, launches):
 
 def test_the_sort_is_that_of_torch():
     skip_unless_supported("triton", CASES["top_2"], torch.float32)
-    from peft_moe.kernels.triton.launch.sort import run_sort
+    from peft_moe.kernels.triton.rows import run_sort
 
     for tokens, num_experts, top_k in [(1, 1, 1), (300, 5, 2), (5000, 8, 2), (32768, 64, 2), (32768, 256, 4)]:
         generator = torch.Generator(DEVICE).manual_seed(0)

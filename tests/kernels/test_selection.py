@@ -15,11 +15,10 @@ from peft_moe.kernels import (
     ENVIRONMENT_VARIABLE,
     DispatchPlan,
     backend_report,
+    backends,
     explain,
     lora_experts,
-    selection,
 )
-from peft_moe.kernels.backend import discover
 
 
 SHAPE = {"num_tokens": 2048, "in_features": 512, "out_features": 512, "num_experts": 8, "rank": 8, "top_k": 2}
@@ -51,12 +50,12 @@ def test_named_backend_never_falls_back() -> None:
 
 def test_named_backend_runs_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "dense")
-    assert explain(**SHAPE, backend="segment").backend == "segment"
+    assert explain(**SHAPE, backend="gather").backend == "gather"
 
 
 def test_unknown_backend_suggests_the_one_that_was_meant() -> None:
-    with pytest.raises(ValueError, match="no kernel backend 'segmnt'. Did you mean 'segment'?") as raised:
-        lora_experts(**arguments(), backend="segmnt")
+    with pytest.raises(ValueError, match="no kernel backend 'gathr'. Did you mean 'gather'?") as raised:
+        lora_experts(**arguments(), backend="gathr")
     assert all(name in str(raised.value) for name in BACKENDS)
 
 
@@ -107,8 +106,8 @@ def test_explain_says_backend_reason_and_case_in_one_line() -> None:
 
 
 def test_auto_logs_its_choice_once_per_shape_class(caplog: pytest.LogCaptureFixture) -> None:
-    selection.choose.cache_clear()
-    selection.log_once.cache_clear()
+    backends.choose.cache_clear()
+    backends.log_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="peft_moe"):
         for num_tokens in (5, 6, 7, 6):
             lora_experts(**arguments(num_tokens=num_tokens))
@@ -116,7 +115,7 @@ def test_auto_logs_its_choice_once_per_shape_class(caplog: pytest.LogCaptureFixt
 
 
 def test_a_named_backend_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
-    selection.choose.cache_clear()
+    backends.choose.cache_clear()
     with caplog.at_level(logging.INFO, logger="peft_moe"):
         lora_experts(**arguments(), backend="dense")
     assert not caplog.records
@@ -183,12 +182,11 @@ def test_arguments_that_do_not_fit_are_named(change: dict[str, object], message:
 
 
 def test_a_file_in_the_folder_is_a_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = types.ModuleType("folder_of_backends")
-    package.__path__ = [str(tmp_path)]
-    monkeypatch.setitem(sys.modules, "folder_of_backends", package)
+    monkeypatch.setitem(sys.modules, "folder", types.ModuleType("folder"))
+    sys.modules["folder"].__path__ = [str(tmp_path)]
     source = "from peft_moe.kernels import Backend\nBACKEND = Backend(name={!r}, summary='', run=None)\n"
     (tmp_path / "mine.py").write_text(source.format("mine"))
-    assert list(discover(package)) == ["mine"]
+    assert list(backends.discover("folder", [str(tmp_path)])) == ["mine"]
     (tmp_path / "other.py").write_text(source.format("misnamed"))
     with pytest.raises(ImportError, match="must define BACKEND = Backend.name='other'"):
-        discover(package)
+        backends.discover("folder", [str(tmp_path)])

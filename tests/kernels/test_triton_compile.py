@@ -19,12 +19,11 @@ if os.environ.get("TRITON_INTERPRET", "0") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from peft_moe.kernels.triton import launch_ffn as ffn_launch  # noqa: E402
+from peft_moe.kernels.triton import launch_lora  # noqa: E402
 from peft_moe.kernels.triton import tiles as sizes  # noqa: E402
-from peft_moe.kernels.triton.launch import dense as dense_launch  # noqa: E402
-from peft_moe.kernels.triton.launch import ffn as ffn_launch  # noqa: E402
-from peft_moe.kernels.triton.launch import pairs as pairs_launch  # noqa: E402
-from peft_moe.kernels.triton.launch.sort import SORT_WARPS, sort_blocks  # noqa: E402
-from peft_moe.kernels.triton.programs import dense, examples, ffn, pairs, sort, sorted_rows  # noqa: E402
+from peft_moe.kernels.triton.programs import ffn, sort, sorted_rows  # noqa: E402
+from peft_moe.kernels.triton.rows import Rows, sort_blocks  # noqa: E402
 
 
 KIB = 1024
@@ -49,15 +48,14 @@ ROWS = {"decode": 64, "train": 8192}
 
 
 def compiled(program, dtype, target, settings, others=None, **options):
-    """The program as it is launched on contiguous tensors whose widths are multiples of 16; `others` have other dtypes."""
+    """The program as it is launched on contiguous tensors, widths multiples of 16; `others` have other dtypes."""
     types = POINTERS | dict.fromkeys(DATA, TYPES[dtype]) | {"out": TYPES[dtype], "scaling": "fp32"}
     types |= dict.fromkeys((*INTEGERS, *WIDTHS, *(f"stride_{name}" for name in STRIDES)), "i32")
     if program.__name__.startswith("weight_gradient"):
         types["out"] = "*fp32"
     types |= {name: TYPES[other] for name, other in (others or {}).items()}
     names = program.arg_names
-    if "UPCAST" in names:
-        settings = {**settings, **sizes.precision_of(dtype)}
+    settings = {**settings, **sizes.precision_of(dtype)}
     settings = {name: value for name, value in settings.items() if name in names}
     signature = {name: "constexpr" if name in settings else types[name] for name in names}
     aligned = [
@@ -68,77 +66,43 @@ def compiled(program, dtype, target, settings, others=None, **options):
     return triton.compile(source, target=target, options=options)
 
 
-def shrink_settings(rank: int, num_rows: int, dtype: torch.dtype, *, has_other: bool):
-    tiles = sizes.shrink_tiles(num_rows, E * K, rank, dtype)
-    block = sizes.rank_block(rank)
-    settings = {"E": E, "K": K, "R": rank, "SEGMENTS": 16, "HAS_OTHER": has_other}
-    return {**settings, "BLOCK_M": tiles.rows, "BLOCK_R": block, "BLOCK_C": block, "BLOCK_D": tiles.columns}, tiles
-
-
-def expand_settings(rank: int, num_rows: int, dtype: torch.dtype, *, has_source: bool):
-    tiles = sizes.expand_tiles(num_rows, E, rank, dtype)
-    block = sizes.expand_rank_block(rank, dtype)
-    settings = {"E": E, "K": K, "R": rank, "SEGMENTS": 8, "HAS_WEIGHT": True, "HAS_SOURCE": has_source}
-    return {**settings, "BLOCK_M": tiles.rows, "BLOCK_W": tiles.columns, "BLOCK_R": block, "BLOCK_C": block}, tiles
-
-
-def gradient_settings(rank: int, dtype: torch.dtype):
-    tiles = sizes.gradient_tiles(rank, dtype)
-    block = sizes.rank_block(rank)
-    settings = {"E": E, "K": K, "R": rank, "SPLITS": 4, "HAS_WEIGHT": True}
-    return {**settings, "BLOCK_R": block, "BLOCK_W": tiles.columns, "BLOCK_N": tiles.rows}, tiles
-
-
 def specialisations(dtype: torch.dtype, *, is_thorough: bool):
     """Name, program, settings, tiles, and whether Hopper's warp-group products are expected."""
-    for rank in RANKS if is_thorough else (16, 128):
-        for phase, num_rows in ROWS.items():
-            for flag in (True, False) if is_thorough else (True,):
-                what = f"r{rank} {phase} {flag}"
-                settings, tiles = shrink_settings(rank, num_rows, dtype, has_other=flag)
-                yield f"shrink {what}", sorted_rows.shrink, settings, tiles, tiles.rows >= 64
-                settings, tiles = expand_settings(rank, num_rows // K, dtype, has_source=flag)
-                yield f"expand {what}", sorted_rows.expand, settings, tiles, tiles.rows >= 64
-                if rank < 128 and not is_thorough:
-                    continue
-                # all slots at once: tiles are those of a rank K times as wide
-                settings, tiles = shrink_settings(K * rank, num_rows, dtype, has_other=flag)
-                settings["R"] = rank
-                yield f"shrink_examples {what}", examples.shrink_examples, settings, tiles, tiles.rows >= 64
-                settings, tiles = expand_settings(K * rank, num_rows // K, dtype, has_source=flag)
-                settings["R"] = rank
-                yield f"expand_examples {what}", examples.expand_examples, settings, tiles, tiles.rows >= 64
-        settings, tiles = gradient_settings(rank, dtype)
-        wants_wgmma = settings["BLOCK_R"] >= 64
-        yield f"gradient r{rank}", sorted_rows.weight_gradient, settings, tiles, wants_wgmma
-        yield f"gradient_examples r{rank}", examples.weight_gradient_examples, settings, tiles, wants_wgmma
-    for rank in (2, 8, 16, 32) if is_thorough else (16,):
-        yield from dense_specialisations(rank, dtype)
-    for rank in (4, 64):
-        tiles = sizes.Tiles(1, 1, pairs_launch.WARPS, 3)
-        shrink, expand = pairs_launch.shrink_settings(), pairs_launch.expand_settings(rank)
-        shape = {"K": K, "R": rank, "HAS_WEIGHT": True}
-        yield f"shrink_pairs r{rank}", pairs.shrink_pairs, shape | shrink, tiles, False
-        yield f"expand_pairs r{rank}", pairs.expand_pairs, shape | expand, tiles, False
+    for path in launch_lora.PROGRAMS:
+        ranks = {"decode": (4, 64), "dense": (2, 8, 16, 32) if is_thorough else (16,)}.get(path)
+        for rank in ranks or (RANKS if is_thorough else (16, 128)):
+            # side by side, the ranks of K experts come to a tile of typical width sooner
+            is_typical = is_thorough or path == "sorted" or (path == "examples" and rank == 128)
+            for phase in ROWS if is_typical and path != "decode" else ("train",):
+                for flag in (True, False) if is_thorough else (True,):
+                    yield from specialisations_of(path, rank, phase, flag, dtype)
     for num_experts in (8, 256):
-        block_tokens, block_experts = sort_blocks(num_experts)
-        settings = {"K": K, "BLOCK_T": block_tokens, "BLOCK_E": block_experts}
-        yield f"sort e{num_experts}", sort.sort_by_expert, settings, sizes.Tiles(1, 1, SORT_WARPS, 3), False
+        tiles, settings = sort_blocks(num_experts)
+        yield f"sort e{num_experts}", sort.sort_by_expert, settings | {"K": K}, tiles, False
 
 
-def dense_specialisations(rank: int, dtype: torch.dtype):
-    """As above, for all experts at once: tiles are those of a rank E times as wide."""
-    settings, tiles = shrink_settings(E * rank, ROWS["train"], dtype, has_other=True)
-    yield f"shrink_dense r{rank}", dense.shrink_dense, settings | {"R": rank}, tiles, True
-    settings, tiles = expand_settings(dense_launch.NARROW, ROWS["train"], dtype, has_source=True)
-    settings["BLOCK_C"] = sizes.expand_rank_block(E * rank, dtype)
-    yield f"expand_dense r{rank}", dense.expand_dense, settings | {"R": rank}, tiles, True
-    settings, tiles = gradient_settings(dense_launch.NARROW, dtype)
-    settings |= {"R": rank, "BLOCK_C": sizes.rank_block(E * rank)}
-    yield f"gradient_dense r{rank}", dense.weight_gradient_dense, settings, tiles, settings["BLOCK_C"] >= 64
+def specialisations_of(path: str, rank: int, phase: str, flag: bool, dtype: torch.dtype):
+    """The programs of a path as the launchers cut them; `flag` is whether there is something to add or to multiply with."""
+    num_tokens = ROWS[phase] // K
+    tokens_per_example = num_tokens // 2 if path == "examples" else 1
+    rows = Rows(torch.empty(num_tokens // tokens_per_example, K, device="meta"), tokens_per_example, E, None)
+    shape = {"E": E, "K": K, "R": rank, "HAS_WEIGHT": True, "HAS_OTHER": flag, "HAS_SOURCE": flag}
+    plans = {
+        "shrink": launch_lora.shrink_plan(path, rows, rank, dtype),
+        "expand": launch_lora.expand_plan(path, rows, rank, 4096, dtype),
+        "weight_gradient": launch_lora.gradient_plan(path, rows, rank, 4096, dtype),
+    }
+    for step, plan in plans.items():
+        program, sizes_of = getattr(launch_lora.PROGRAMS[path], step), plan.sizes
+        is_repeated = step == "weight_gradient" and (phase != "train" or not flag)
+        if program is not None and not is_repeated:
+            rows_of_tile = sizes_of["BLOCK_C"] if step == "weight_gradient" else plan.tiles.rows
+            name = f"{step} {path} r{rank} {phase} {flag}"
+            yield name, program, shape | sizes_of, plan.tiles, path != "decode" and rows_of_tile >= 64
 
 
-# experts, experts per token, activation, whether there is a gate, biases, a transposed layout; phi and gpt-oss have them
+# experts, experts per token, activation, whether there is a gate, biases, a transposed layout; phi and gpt-oss have
+# them
 MIXTURES = {
     "mixtral": (8, 2, "silu", True, False, False),
     "olmoe": (64, 8, "silu", True, False, False),
@@ -235,7 +199,7 @@ def test_no_spill_and_no_more_memory_than_there_is(name, dtype, is_thorough, tmp
 
 @pytest.mark.slow
 def test_a_spill_is_noticed(tmp_path):
-    settings, _ = expand_settings(16, 8192, torch.float32, has_source=True)
+    settings = {"E": E, "K": K, "R": 16, "SEGMENTS": 8, "HAS_WEIGHT": True, "HAS_SOURCE": True}
     settings |= {"BLOCK_M": 64, "BLOCK_W": 128, "BLOCK_R": 32}
     kernel = compiled(sorted_rows.expand, torch.float32, TARGETS["sm_90"][0], settings, num_warps=4, num_stages=2)
     assert stack_bytes(kernel.asm["cubin"], tmp_path) > 0

@@ -2,41 +2,36 @@
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
 import torch
 from kernel_cases import CASES, make_index, make_inputs
 
 from peft_moe.kernels import DispatchPlan, lora_experts
+from peft_moe.kernels.triton.tiles import Tiles, launch
 
 
-pytest.importorskip("triton", reason="the launchers import the package triton")
+def test_a_program_starts_on_the_device_of_its_tensors_with_its_arguments_in_order(monkeypatch):
+    events, tensor = [], torch.empty(1)
 
-from peft_moe.kernels.triton.launch import dense, examples, ffn, pairs, sort, sorted_rows  # noqa: E402
+    class Program:
+        arg_names = ("x", "K")
 
+        def __getitem__(self, grid):
+            return lambda *given, **options: events.append((grid, given, options))
 
-LAUNCHERS = [
-    pytest.param(launch, id=f"{module.__name__.rpartition('.')[2]}-{name}")
-    for module in (dense, examples, ffn, pairs, sort, sorted_rows)
-    for name, launch in inspect.getmembers(module, inspect.isfunction)
-    if name.startswith("run_")
-]
+    class Device:
+        def __init__(self, on):
+            assert on is tensor
 
+        def __enter__(self):
+            events.append("there")
 
-@pytest.mark.parametrize("launch", LAUNCHERS)
-def test_a_launcher_goes_to_the_device_of_its_tensors_first(launch, monkeypatch):
-    class Reached(Exception):
-        pass
+        def __exit__(self, *error):
+            events.append("left")
 
-    def device_of(tensor):
-        assert tensor is first
-        raise Reached
-
-    first = torch.empty(1)
-    monkeypatch.setattr(torch.cuda, "device_of", device_of)
-    with pytest.raises(Reached):
-        launch(first)
+    monkeypatch.setattr(torch.cuda, "device_of", Device)
+    launch(Program(), (3,), Tiles(1, 1, 4, 2), tensor, {"K": 2, "unasked": None, "x": tensor})
+    assert events == ["there", ((3,), (tensor, 2), {"num_warps": 4, "num_stages": 2}), "left"]
 
 
 @pytest.mark.gpu

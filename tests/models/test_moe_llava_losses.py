@@ -1,4 +1,4 @@
-"""The auxiliary losses of MoeLlava: part of the loss in training, with a gradient for every router, or an error says why not."""
+"""The auxiliary losses of MoeLlava: part of the loss, with a gradient for every router, or an error says why not."""
 
 from __future__ import annotations
 

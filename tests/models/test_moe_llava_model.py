@@ -1,4 +1,4 @@
-"""MoeLlava as a model of transformers: implementations, checkpoints, generation, losses, checkpointing, Auto classes."""
+"""MoeLlava as a model of transformers: implementations, saving, generation, losses, checkpointing, Auto classes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 import peft_moe
 from models.tiny_llava import BACKBONES, IMAGE_TOKEN, image_batch, labels_of, llava_fields, tiny_llava, tiny_processor
 from peft_moe.models import MoeLlavaConfig, MoeLlavaForConditionalGeneration, MoeLlavaModel, register
-from peft_moe.models.moe_llava.routing_losses import load_balancing_loss
+from peft_moe.models.moe_llava.routing import load_balancing_loss
 
 
 def tiny_moe_llava(backbone: str = "llama", **fields) -> MoeLlavaForConditionalGeneration:

@@ -42,7 +42,9 @@ report = {}
 with torch.no_grad():
     report["logits"] = float((split(**batch).logits - whole(**batch).logits).abs().max())
 experts = split.model.language_model.layers[0].mlp.experts
-report["shapes"] = {name: list(getattr(p, "to_local", lambda p=p: p)().shape) for name, p in experts.named_parameters()}
+report["shapes"] = {
+    name: list(getattr(p, "to_local", lambda p=p: p)().shape) for name, p in experts.named_parameters()
+}
 for model in (split, whole):
     model.train()(**batch, labels=labels_of(batch), use_cache=False).loss.backward()
 expected = dict(whole.named_parameters())

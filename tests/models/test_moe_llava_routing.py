@@ -10,10 +10,17 @@ import torch.nn.functional as F
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from models.tiny_llava import image_batch, labels_of, llava_fields, tiny_llava
+from peft_moe import aux_loss
 from peft_moe.models import MoeLlavaConfig, MoeLlavaForConditionalGeneration
-from peft_moe.models.moe_llava.capacity import expert_capacity, within_capacity
-from peft_moe.models.moe_llava.router import MoeLlavaTopKRouter
-from peft_moe.models.moe_llava.routing_losses import load_balancing_loss, router_z_loss
+from peft_moe.models.moe_llava.routing import (
+    MoeLlavaTopKRouter,
+    expert_capacity,
+    load_balancing_loss,
+    router_z_loss,
+    within_capacity,
+)
+from peft_moe.routing import TopKRouter
+from peft_moe.routing_recorder import routing_statistics
 
 
 def router_of(hidden_size: int = 8, num_experts: int = 4, **fields) -> MoeLlavaTopKRouter:
@@ -108,7 +115,7 @@ def original_gate(logits, capacity_factor, min_capacity=0):
 
 @pytest.mark.parametrize(("factor", "capacity"), [(1.0, 32), (1.5, 48), (2.0, 64)])
 def test_capacity_is_that_of_the_original(factor, capacity):
-    found = expert_capacity(torch.tensor(64), num_experts=4, top_k=2, factor=factor, minimum=0)
+    found = expert_capacity(64, num_experts=4, top_k=2, factor=factor, minimum=0)
     assert found == capacity
     assert original_gate(torch.zeros(64, 4), factor)[2] == capacity
 
@@ -118,7 +125,7 @@ def test_capacity_rounds_up_only_where_there_is_a_remainder(num_experts):
     for num_tokens in range(1, 200):
         # in tenths, so that the expected value is exact
         expected = -(-num_tokens * 2 * 12 // (10 * num_experts))
-        found = expert_capacity(torch.tensor(num_tokens), num_experts=num_experts, top_k=2, factor=1.2, minimum=0)
+        found = expert_capacity(num_tokens, num_experts=num_experts, top_k=2, factor=1.2, minimum=0)
         assert found == expected, num_tokens
 
 
@@ -141,11 +148,10 @@ def test_gate_equals_the_original(factor, skew):
 
 def test_position_keeps_the_earliest_and_probability_the_surest():
     index = torch.zeros(6, 1, dtype=torch.long)
-    capacity = torch.tensor(2.0)
-    kept = within_capacity(index, capacity, num_experts=4)
+    kept = within_capacity(index, 2, num_experts=4)
     assert kept.squeeze(1).tolist() == [True, True, False, False, False, False]
     priority = torch.tensor([0.1, 0.5, 0.2, 0.9, 0.3, 0.4])
-    kept = within_capacity(index, capacity, num_experts=4, priority=priority)
+    kept = within_capacity(index, 2, num_experts=4, priority=priority)
     assert kept.squeeze(1).tolist() == [False, True, False, True, False, False]
 
 
@@ -166,23 +172,33 @@ def test_router_drops_the_least_probable_tokens():
 
 def test_first_choices_of_all_tokens_come_before_second_choices():
     index = torch.tensor([[0, 1], [1, 0]])
-    kept = within_capacity(index, torch.tensor(1.0), num_experts=2)
+    kept = within_capacity(index, 1, num_experts=2)
     assert kept.tolist() == [[True, False], [True, False]]
 
 
-@pytest.mark.parametrize("drop", ["position", "probability"])
-def test_padding_takes_no_place(drop):
-    router = router_of(router_drop=drop, router_eval_capacity_factor=0.5)
-    tokens = torch.randn(12, 8)
-    expected = router(tokens)[1]
-    padded = torch.randn(20, 8)
-    token_mask = torch.zeros(20, dtype=torch.long)
-    token_mask[3:15] = 1
-    padded[3:15] = tokens
-    weights = router(padded, token_mask)[1]
-    torch.testing.assert_close(weights[3:15], expected)
-    assert (expected == 0).any()
-    assert (weights[:3] > 0).all() and (weights[15:] > 0).all()
+@pytest.mark.parametrize("num_padding", [0, 3])
+def test_capacity_counts_padding_like_any_token_as_the_original_does(num_padding):
+    fields = {"moe_layers": [0], "router_drop": "position", "router_eval_capacity_factor": 0.5}
+    sparse = MoeLlavaForConditionalGeneration.from_dense(tiny_llava(), **fields)
+    seen = []
+    gate = sparse.model.language_model.layers[0].mlp.gate
+    gate.register_forward_hook(lambda module, args, output: seen.append(output))
+    batch = image_batch(num_padding=num_padding)
+    # the embedding of the padding token is 0, for which all experts are equally good
+    sparse(**{**batch, "input_ids": batch["input_ids"].masked_fill(batch["input_ids"] == 0, 7)})
+    ((logits, weights, index),) = seen
+    assert len(logits) == 2 * (11 + num_padding)
+    expected, _, _ = original_gate(logits.detach(), 0.5)
+    torch.testing.assert_close(torch.zeros_like(logits).scatter(1, index, weights), expected)
+    assert (weights == 0).any()
+
+
+def test_losses_in_generation_do_not_count_padding():
+    sparse = MoeLlavaForConditionalGeneration.from_dense(tiny_llava(), expert_noise=1.0, output_router_logits=True)
+    batch, losses = image_batch(num_padding=3), []
+    sparse.register_forward_hook(lambda module, args, output: losses.append(output.aux_loss))
+    sparse.generate(**batch, max_new_tokens=1, do_sample=False)
+    torch.testing.assert_close(losses[0], sparse(**batch, labels=labels_of(batch)).aux_loss, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("loss_type", "value"), [("switch", 2.0), ("pooled", 2.0), ("moe_llava", 3.0)])
@@ -220,6 +236,35 @@ def test_padding_does_not_change_the_losses(loss_type):
     torch.testing.assert_close(found.aux_loss, expected.aux_loss, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found.z_loss, expected.z_loss, rtol=1e-5, atol=1e-6)
     assert len(found.router_logits[0]) > len(expected.router_logits[0])
+
+
+# a saved model carries its own code, which may not import that of the tuners: what stands twice has to be equal
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "padded"])
+def test_losses_equal_those_of_the_tuners(masked):
+    logits = [torch.randn(12, 4) for _ in range(3)]
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]]) if masked else None
+    statistics = [routing_statistics(layer, layer.topk(2).indices, mask) for layer in logits]
+    for loss_type in ("switch", "pooled"):
+        found = load_balancing_loss(logits, top_k=2, loss_type=loss_type, token_mask=mask)
+        torch.testing.assert_close(found, aux_loss.load_balancing_loss(statistics, loss_type=loss_type))
+    torch.testing.assert_close(router_z_loss(logits, token_mask=mask), aux_loss.router_z_loss(statistics))
+
+
+@pytest.mark.parametrize(
+    ("top_k", "norm_topk_prob", "gate_scale"),
+    [(1, True, "straight_through"), (2, True, "prob"), (1, False, "prob"), (2, False, "prob")],
+)
+def test_router_equals_that_of_the_tuners(top_k, norm_topk_prob, gate_scale):
+    router = router_of(num_experts_per_tok=top_k, norm_topk_prob=norm_topk_prob)
+    other = TopKRouter(8, 4, top_k=top_k, bias=False, gate_scale=gate_scale, normalize_top_k=norm_topk_prob)
+    other.load_state_dict(router.state_dict())
+    tokens = torch.randn(6, 8)
+    logits, weights, index = router(tokens)
+    expected = other(tokens)
+    assert torch.equal(logits, expected.router_logits) and torch.equal(index, expected.top_k_index)
+    torch.testing.assert_close(weights, expected.top_k_weights)
+    (found,) = torch.autograd.grad(weights.square().sum(), router.weight)
+    torch.testing.assert_close(found, torch.autograd.grad(expected.top_k_weights.square().sum(), other.weight)[0])
 
 
 def test_z_loss_is_the_mean_square_of_logsumexp():

@@ -1,4 +1,4 @@
-"""`MoeTuningStage`: each stage trains what its audit says and nothing else, under the plain Trainer, also with adapters."""
+"""`MoeTuningStage`: each stage trains what its audit says and nothing else, under Trainer, also with adapters."""
 
 from __future__ import annotations
 

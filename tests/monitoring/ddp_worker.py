@@ -19,7 +19,7 @@ from transformers import TrainerCallback  # noqa: E402
 
 from peft_moe import get_aux_loss  # noqa: E402
 from peft_moe.monitoring import ExpertLoadCallback  # noqa: E402
-from peft_moe.monitoring.gathering import gather_json  # noqa: E402
+from peft_moe.monitoring.expert_load import gather_json  # noqa: E402
 
 
 CHECKPOINTING = {

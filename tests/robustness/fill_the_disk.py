@@ -57,7 +57,7 @@ def run(disk: Path, num_bytes_left: int, results: Path) -> dict[str, Any]:
         fill_before_the_second_save(disk, num_bytes_left)
         error = None
         try:
-            train(folder, callback=True, limit=1, resume=False)
+            train(folder, limit=1, resume=False)
         except Exception as caught:
             error = f"{type(caught).__name__}: {caught}"
         (disk / "filler").unlink(missing_ok=True)
@@ -66,7 +66,7 @@ def run(disk: Path, num_bytes_left: int, results: Path) -> dict[str, Any]:
 
     assert exit_code(forked(first)) == 0
     outcome = json.loads(results.read_text())
-    assert exit_code(forked(lambda: train(folder, callback=True, limit=1, resume=True))) == 0
+    assert exit_code(forked(lambda: train(folder, limit=1, resume=True))) == 0
     outcome["weights"] = json.loads((folder / "result.json").read_text())["weights"]
     shutil.rmtree(folder)
     return outcome
@@ -78,7 +78,7 @@ def main(folder: str, results_file: str, *rooms: str) -> None:
     disk, results = Path(folder), Path(results_file)
     gc.freeze()
     found = {room: run(disk, int(room), results) for room in rooms}
-    assert exit_code(forked(lambda: train(disk / "whole", callback=True, limit=1, resume=False))) == 0
+    assert exit_code(forked(lambda: train(disk / "whole", limit=1, resume=False))) == 0
     found["uninterrupted"] = json.loads((disk / "whole" / "result.json").read_text())
     results.write_text(json.dumps(found))
 

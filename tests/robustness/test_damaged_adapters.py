@@ -297,7 +297,7 @@ def test_edited_tensors_load_as_they_are_or_not_at_all_exhaustive(case, saved, t
 @pytest.mark.slow
 @one_case_per_tuner
 def test_a_wrong_byte_anywhere_is_refused_or_changes_what_it_says(case, saved, tmp_path):
-    """The format has no checksum, so that a wrong byte in the numbers loads. One in the header must not go unnoticed."""
+    """The format has no checksum, so that a wrong byte in the numbers loads. One in the header is noticed."""
     folder = shutil.copytree(saved[case.name], tmp_path / "adapter")
     good = (folder / WEIGHTS).read_bytes()
     header = 8 + int.from_bytes(good[:8], "little")

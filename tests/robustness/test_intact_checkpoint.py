@@ -1,4 +1,4 @@
-"""`find_intact_checkpoint` takes what is whole and says what is wrong with the rest; the callback's manifest vouches."""
+"""`find_intact_checkpoint` takes what is whole and says what is wrong with the rest."""
 
 from __future__ import annotations
 
@@ -17,16 +17,14 @@ import safetensors.torch
 import torch
 from trained import trainer
 
-from peft_moe import ExpertLoadCallback, IntactCheckpointCallback, find_intact_checkpoint
-from peft_moe.checkpoints import INCOMPLETE_FILE, MANIFEST_FILE, _warn_of_no_flush, write_manifest
+from peft_moe import ExpertLoadCallback, find_intact_checkpoint
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> dict[str, Path]:
     """Output folders with the checkpoints of steps 2 and 4."""
     root = tmp_path_factory.mktemp("trained")
-    trainer(root / "plain").train()
-    trainer(root / "marked", IntactCheckpointCallback(), ExpertLoadCallback()).train()
+    trainer(root / "plain", ExpertLoadCallback()).train()
     trainer(root / "adapters", adapters=("first", "second")).train()
     trainer(root / "full", full=True, save_only_model=True).train()
     return {folder.name: folder for folder in root.iterdir()}
@@ -59,10 +57,6 @@ def zero(path: Path) -> None:
     path.write_bytes(bytes(path.stat().st_size))
 
 
-def lengthen(path: Path) -> None:
-    path.write_bytes(path.read_bytes() + b"\0")
-
-
 def flip(path: Path, position: int | None = None) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2 if position is None else position] ^= 0x10
@@ -88,9 +82,8 @@ DAMAGE = [Path.unlink, halve, empty, zero, to_folder, to_pipe]
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda function: function.__name__)
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("folder", ["plain", "marked"])
-def test_damaged_checkpoint_is_skipped_and_the_file_named(folder, name, damage, copy, caplog):
-    output_dir = copy(folder)
+def test_damaged_checkpoint_is_skipped_and_the_file_named(name, damage, copy, caplog):
+    output_dir = copy("plain")
     assert find_intact_checkpoint(output_dir) == str(output_dir / "checkpoint-4")
     caplog.clear()
     damage(output_dir / "checkpoint-4" / name)
@@ -101,87 +94,28 @@ def test_damaged_checkpoint_is_skipped_and_the_file_named(folder, name, damage, 
     assert name in record.getMessage()
 
 
-@pytest.mark.parametrize("damage", [cut, lengthen, flip])
-@pytest.mark.parametrize("name", [*FILES, "README.md", "training_args.bin", "expert_load.json"])
-def test_a_manifest_shows_a_single_wrong_byte_in_any_file(name, damage, copy, caplog):
-    output_dir = copy("marked")
-    damage(output_dir / "checkpoint-4" / name)
-    assert find_intact_checkpoint(output_dir) == str(output_dir / "checkpoint-2")
-    assert f"{name} has" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (halve, "checkpoint_manifest.json cannot be read"),
-        (lambda path: path.write_text("[]"), "checkpoint_manifest.json holds no dictionary"),
-        (lambda path: path.write_text("{}"), "cannot read its checkpoint_manifest.json"),
-        (
-            lambda path: path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 0')),
-            "cannot read its",
-        ),
-        (lambda path: path.write_text(path.read_text().replace('"size"', '"length"')), "cannot read its"),
-        (lambda path: shutil.copy(path.parent.parent / "checkpoint-2" / path.name, path), "is of step 2"),
-        (lambda path: path.write_text("[" * 100_000), "checkpoint_manifest.json cannot be read"),
-    ],
-    ids=["half", "list", "nothing", "older-format", "other-entries", "of-another-step", "bottomless"],
-)
-def test_a_manifest_that_is_none_is_named(change, message, copy, caplog):
-    output_dir = copy("marked")
-    change(output_dir / "checkpoint-4" / MANIFEST_FILE)
-    assert find_intact_checkpoint(output_dir) == str(output_dir / "checkpoint-2")
-    assert message in caplog.text
-
-
-def test_a_checkpoint_without_manifest_counts_unless_one_is_required(copy, caplog):
-    output_dir = copy("marked")
-    (output_dir / "checkpoint-4" / MANIFEST_FILE).unlink()
-    assert find_intact_checkpoint(output_dir) == str(output_dir / "checkpoint-4")
-    assert find_intact_checkpoint(output_dir, require_manifest=True) == str(output_dir / "checkpoint-2")
-    assert "it has no checkpoint_manifest.json" in caplog.text
-
-
 def test_where_nothing_is_whole_there_is_no_checkpoint(copy, tmp_path, caplog):
     assert find_intact_checkpoint(tmp_path / "not made yet") is None
     output_dir = copy("plain")
     for step in (2, 4):
         empty(output_dir / f"checkpoint-{step}" / "trainer_state.json")
     assert find_intact_checkpoint(output_dir) is None
-    assert find_intact_checkpoint(output_dir, require_manifest=True) is None
-    assert len(caplog.records) == 4
+    assert len(caplog.records) == 2
 
 
-def of_a_newer_version(folder: Path) -> None:
-    path = folder / MANIFEST_FILE
-    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 2'))
-
-
-def of_fsdp(folder: Path) -> None:
-    (folder / MANIFEST_FILE).unlink()
-    (folder / "pytorch_model_fsdp_0").mkdir()
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (of_a_newer_version, "its checkpoint_manifest.json has format 2, but this version of peft_moe reads up to 1"),
-        (of_fsdp, "FSDP or DeepSpeed has written it, and without checkpoint_manifest.json it may lack a part"),
-        (lambda folder: (folder / MANIFEST_FILE).unlink(), "it has no checkpoint_manifest.json, which require_manif"),
-    ],
-    ids=["newer-format", "fsdp", "no-manifest"],
-)
-def test_training_does_not_begin_anew_over_what_cannot_be_judged(change, message, copy, caplog):
-    output_dir = copy("marked")
-    change(output_dir / "checkpoint-4")
-    assert find_intact_checkpoint(output_dir, require_manifest=True) == str(output_dir / "checkpoint-2")
-    assert f"checkpoint-4', which cannot be judged: {message}" in caplog.text
+@pytest.mark.parametrize("name", ["global_step4", "pytorch_model_fsdp_0"])
+def test_training_does_not_begin_anew_over_what_cannot_be_judged(name, copy, caplog):
+    output_dir = copy("plain")
+    (output_dir / "checkpoint-4" / name).mkdir()
+    assert find_intact_checkpoint(output_dir) == str(output_dir / "checkpoint-2")
+    assert f"{output_dir / 'checkpoint-4'}', which FSDP or DeepSpeed has written" in caplog.text
     (output_dir / "checkpoint-2" / "trainer_state.json").unlink()
-    with pytest.raises(ValueError, match=re.escape(f"no telling with '{output_dir / 'checkpoint-4'}': {message}")):
-        find_intact_checkpoint(output_dir, require_manifest=True)
+    with pytest.raises(ValueError, match=re.escape(f"{output_dir / 'checkpoint-4'} cannot be judged")):
+        find_intact_checkpoint(output_dir)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="the system has no /proc/self/mem, as a failing disk")
-@pytest.mark.parametrize("name", [*FILES, MANIFEST_FILE])
+@pytest.mark.parametrize("name", FILES)
 def test_an_error_of_the_system_is_no_damage(name, copy):
     path = copy("plain") / "checkpoint-4" / name
     path.unlink(missing_ok=True)
@@ -191,40 +125,11 @@ def test_an_error_of_the_system_is_no_damage(name, copy):
     assert caught.value.errno == errno.EIO
 
 
-@pytest.mark.parametrize("folder", ["plain", "marked"])
-def test_a_checkpoint_that_says_it_is_incomplete_is_believed_until_it_is_saved_again(folder, copy, caplog):
-    output_dir = copy(folder)
-    (output_dir / "checkpoint-4" / INCOMPLETE_FILE).touch()
+def test_a_checkpoint_that_says_it_is_incomplete_is_believed(copy, caplog):
+    output_dir = copy("plain")
+    (output_dir / "checkpoint-4" / "checkpoint-is-incomplete.txt").touch()
     assert find_intact_checkpoint(output_dir) == str(output_dir / "checkpoint-2")
     assert "which is not whole: checkpoint-is-incomplete.txt says so" in caplog.text
-    write_manifest(output_dir / "checkpoint-4", 4)
-    assert find_intact_checkpoint(output_dir) == str(output_dir / "checkpoint-4")
-
-
-def test_a_file_that_vanishes_does_not_end_training(copy, monkeypatch, caplog):
-    checkpoint = copy("plain") / "checkpoint-4"
-    original = os.fsync
-
-    def fsync(descriptor: int) -> None:
-        (checkpoint / "training_args.bin").unlink(missing_ok=True)
-        original(descriptor)
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    write_manifest(checkpoint, 4)
-    assert "training_args.bin' was deleted meanwhile" in caplog.text
-    assert find_intact_checkpoint(checkpoint.parent, require_manifest=True) == str(checkpoint)
-
-
-@pytest.mark.skipif(not os.path.isdir("/proc"), reason="the system has no /proc, whose folders cannot be flushed")
-def test_a_file_system_that_flushes_no_folders_is_said_once(copy, caplog):
-    checkpoint = copy("plain") / "checkpoint-4"
-    (checkpoint / "linked").symlink_to("/proc")
-    _warn_of_no_flush.cache_clear()
-    for _ in range(2):
-        write_manifest(checkpoint, 4)
-    (record,) = caplog.records
-    assert "does not flush folders (Invalid argument)" in record.getMessage()
-    assert find_intact_checkpoint(checkpoint.parent, require_manifest=True) == str(checkpoint)
 
 
 def test_steps_are_compared_as_numbers_and_other_names_are_left_alone(copy):
@@ -237,7 +142,7 @@ def test_steps_are_compared_as_numbers_and_other_names_are_left_alone(copy):
     assert find_intact_checkpoint(output_dir) == str(output_dir / "checkpoint-10")
 
 
-def test_states_of_the_processes_of_one_node_need_not_begin_at_0(copy):
+def test_states_may_be_those_of_several_processes(copy):
     checkpoint = copy("plain") / "checkpoint-4"
     shutil.copy(checkpoint / "rng_state.pth", checkpoint / "rng_state_9.pth")
     (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_8.pth")
@@ -249,19 +154,6 @@ def test_a_state_of_another_step_is_a_mixture(copy, caplog):
     shutil.copy(output_dir / "checkpoint-2" / "trainer_state.json", output_dir / "checkpoint-4")
     assert find_intact_checkpoint(output_dir) == str(output_dir / "checkpoint-2")
     assert "trainer_state.json is of step 2" in caplog.text
-
-
-def as_if_of_three_processes(folder: Path) -> None:
-    shutil.copy(folder / "rng_state.pth", folder / "rng_state_0.pth")
-    (folder / "rng_state.pth").rename(folder / "rng_state_2.pth")
-
-
-def as_if_of_deepspeed(folder: Path) -> None:
-    (folder / "global_step4").mkdir()
-
-
-def as_if_of_fsdp(folder: Path) -> None:
-    (folder / "pytorch_model_fsdp_0").mkdir()
 
 
 def without_optimizer(folder: Path) -> None:
@@ -286,9 +178,6 @@ def of_a_bare_archive(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (as_if_of_three_processes, "rng_state_1.pth missing"),
-        (as_if_of_deepspeed, "FSDP or DeepSpeed has written it, and without checkpoint_manifest.json"),
-        (as_if_of_fsdp, "FSDP or DeepSpeed has written it"),
         (without_optimizer, "optimizer.pt and scheduler.pt missing"),
         (without_a_kind, "adapter_config.json names no peft_type"),
         (without_weights, "checkpoint-4 holds no weights, such as adapter_model.safetensors"),
@@ -391,26 +280,12 @@ def test_a_wrong_byte_in_a_state_is_found_or_harmless_or_refused_by_torch(copy):
     assert num_found
 
 
-def test_marked_checkpoint_holds_all_files_and_training_resumes_from_it(trained, tmp_path):
-    manifest = json.loads((trained["marked"] / "checkpoint-4" / MANIFEST_FILE).read_text())
-    present = {path.name for path in (trained["marked"] / "checkpoint-4").iterdir()} - {MANIFEST_FILE}
-    assert set(manifest["files"]) == present >= {*FILES, "expert_load.json", "README.md"}
-    shutil.copytree(trained["marked"] / "checkpoint-2", tmp_path / "checkpoint-2")
-    resumed = trainer(tmp_path, IntactCheckpointCallback())
-    resumed.train(resume_from_checkpoint=find_intact_checkpoint(tmp_path))
-    found = safetensors.torch.load_file(tmp_path / "checkpoint-4" / "adapter_model.safetensors")
-    expected = safetensors.torch.load_file(trained["plain"] / "checkpoint-4" / "adapter_model.safetensors")
+def test_training_that_resumes_ends_with_the_same_weights(copy, trained):
+    output_dir = copy("plain")
+    empty(output_dir / "checkpoint-4" / "optimizer.pt")
+    trainer(output_dir, ExpertLoadCallback()).train(resume_from_checkpoint=find_intact_checkpoint(output_dir))
+    assert find_intact_checkpoint(output_dir) == str(output_dir / "checkpoint-4")
+    name = "checkpoint-4/adapter_model.safetensors"
+    found, expected = (safetensors.torch.load_file(folder / name) for folder in (output_dir, trained["plain"]))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-
-
-def test_saving_again_into_a_marked_checkpoint_is_no_mixture_at_any_time(copy, caplog):
-    output_dir = copy("marked")
-    # a run from the start that was killed when it had saved other weights, and not yet the rest
-    path = output_dir / "checkpoint-4" / "adapter_model.safetensors"
-    tensors = safetensors.torch.load_file(path)
-    safetensors.torch.save_file(
-        {name: tensor + 1 for name, tensor in tensors.items()}, path, metadata={"format": "pt"}
-    )
-    assert find_intact_checkpoint(output_dir) == str(output_dir / "checkpoint-2")
-    assert "other content than when it was saved" in caplog.text

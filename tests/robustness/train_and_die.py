@@ -31,7 +31,7 @@ from transformers import TrainerState
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from trained import trainer  # noqa: E402
 
-from peft_moe import ExpertLoadCallback, IntactCheckpointCallback, find_intact_checkpoint  # noqa: E402
+from peft_moe import ExpertLoadCallback, find_intact_checkpoint  # noqa: E402
 
 
 def kill_self() -> None:
@@ -55,8 +55,6 @@ CALLS: dict[str, tuple[Any, str, int]] = {
     "checkpoint-4/scheduler.pt": (torch, "save", 1),
     "checkpoint-4/rng_state.pth": (torch, "save", 1),
     "checkpoint-4/trainer_state.json": (TrainerState, "save_to_json", 1),
-    "checkpoint-4/checkpoint_manifest.json.tmp": (Path, "write_text", 0),
-    "checkpoint-4/checkpoint_manifest.json": (os, "replace", 1),
     "checkpoint-2": (shutil, "rmtree", 0),
 }
 
@@ -81,10 +79,9 @@ def die_at(name: str, when: str) -> None:
     setattr(owner, function, deadly)
 
 
-def train(folder: Path, *, callback: bool, limit: int | None, resume: bool) -> None:
+def train(folder: Path, *, limit: int | None, resume: bool) -> None:
     """Train, from the newest intact checkpoint if there is one, and leave a hash of the weights."""
-    callbacks: list[Any] = [IntactCheckpointCallback(save_total_limit=limit), ExpertLoadCallback()] if callback else []
-    training = trainer(folder, *callbacks, max_steps=6, save_total_limit=None if callback else limit)
+    training = trainer(folder, ExpertLoadCallback(), max_steps=6, save_total_limit=limit)
     skipped: list[str] = []
     logging.getLogger("peft_moe.checkpoints").addFilter(lambda record: skipped.append(record.getMessage()) or True)
     found = find_intact_checkpoint(folder) if resume else None
@@ -119,16 +116,15 @@ def exit_code(child: int) -> int:
 
 def run_and_resume(job: dict[str, Any]) -> dict[str, Any]:
     """One run that dies at a point, and one that takes it up."""
-    folder = Path(job["folder"])
-    settings = {"callback": job["callback"], "limit": job["limit"]}
+    folder, limit = Path(job["folder"]), job["limit"]
 
     def first() -> None:
         if job["die_at"]:
             die_at(job["die_at"], job["when"])
-        train(folder, **settings, resume=False)
+        train(folder, limit=limit, resume=False)
 
     died = exit_code(forked(first))
-    finished = exit_code(forked(lambda: train(folder, **settings, resume=True))) if job["die_at"] else died
+    finished = exit_code(forked(lambda: train(folder, limit=limit, resume=True))) if job["die_at"] else died
     result = json.loads((folder / "result.json").read_text()) if not finished else {}
     return {"died": died, "finished": finished, **result}
 
@@ -136,10 +132,9 @@ def run_and_resume(job: dict[str, Any]) -> dict[str, Any]:
 def run_until_done(job: dict[str, Any]) -> dict[str, Any]:
     """Runs that are killed from outside after random times, each taking up what the one before has left."""
     folder, kills = Path(job["folder"]), 0
-    settings = {"callback": job["callback"], "limit": job["limit"], "resume": True}
     generator = random.Random(job["seed"])
     while True:
-        child = forked(lambda: train(folder, **settings))
+        child = forked(lambda: train(folder, limit=job["limit"], resume=True))
         # after eight deaths it may live, so that the test ends
         if kills < 8:
             time.sleep(generator.uniform(0.05, job["seconds"]))

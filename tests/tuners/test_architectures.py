@@ -1,17 +1,17 @@
-"""Targets are found by structure in every architecture, and adapters there work."""
+"""Targets are found by structure in every architecture, and adapters there work, for every task type of PEFT."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import transformers
-from peft import NoMatchingPeftModuleError, get_peft_model
+from peft import NoMatchingPeftModuleError, PeftModel, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
 from peft_moe import MoCLEConfig, MoLEConfig
 from peft_moe.tuners.mole import MoLELayer
-from tiny_architectures import ARCHITECTURES, PLAIN, plain
+from tiny_architectures import ARCHITECTURES, BERT, PLAIN, T5, plain, sequence_pair, tokens
 
 
 # in PEFT's table, but in no row here, and why
@@ -129,20 +129,19 @@ def test_custom_module_without_names_says_what_to_do():
         get_peft_model(CustomMLP(), MoLEConfig())
 
 
-def test_target_modules_take_a_regular_expression():
-    model = plain("LlamaConfig")()
-    model = get_peft_model(
-        transformers.LlamaForCausalLM(model), MoLEConfig(r=2, target_modules=r".*\.1\.mlp\..*_proj")
-    )
-    assert len(routed_layers(model)) == 3
+def adapted_llama(**settings):
+    return get_peft_model(transformers.LlamaForCausalLM(plain("LlamaConfig")()), MoLEConfig(**{"r": 2, **settings}))
 
 
-def test_layers_to_transform_picks_layers():
-    model = transformers.LlamaForCausalLM(plain("LlamaConfig")())
-    config = MoLEConfig(r=2, layers_to_transform=[1], layers_pattern="layers")
-    model = get_peft_model(model, config)
-    assert len(routed_layers(model)) == 3
-    assert all(".layers.1." in name for name in routed_layers(model))
+@pytest.mark.parametrize(
+    "settings",
+    [{"target_modules": r".*\.1\.mlp\..*_proj"}, {"layers_to_transform": [1], "layers_pattern": "layers"}],
+    ids=["regular-expression", "layers-to-transform"],
+)
+def test_one_layer_is_picked(settings):
+    layers = routed_layers(adapted_llama(**settings))
+    assert len(layers) == 3
+    assert all(".layers.1." in name for name in layers)
 
 
 @pytest.mark.parametrize("config_class", [MoLEConfig, MoCLEConfig])
@@ -162,20 +161,17 @@ def test_layers_that_the_model_lacks_are_named(config_class):
 
 
 def test_layers_given_as_a_range_are_saved_as_a_list(tmp_path):
-    model = transformers.LlamaForCausalLM(plain("LlamaConfig")())
-    get_peft_model(model, MoLEConfig(r=2, layers_to_transform=range(1))).save_pretrained(tmp_path)
+    adapted_llama(layers_to_transform=range(1)).save_pretrained(tmp_path)
     assert MoLEConfig.from_pretrained(tmp_path).layers_to_transform == [0]
 
 
 def test_excluded_modules_stay_as_they_are():
-    model = transformers.LlamaForCausalLM(plain("LlamaConfig")())
-    model = get_peft_model(model, MoLEConfig(r=2, exclude_modules=["down_proj"]))
+    model = adapted_llama(exclude_modules=["down_proj"])
     assert len(routed_layers(model)) == 4
 
 
 def test_all_linear_gives_experts_to_attention_too():
-    model = transformers.LlamaForCausalLM(plain("LlamaConfig")())
-    model = get_peft_model(model, MoLEConfig(r=2, target_modules="all-linear"))
+    model = adapted_llama(target_modules="all-linear")
     layers = routed_layers(model)
     assert len(layers) == 14
     assert not any("lm_head" in name for name in layers)
@@ -183,8 +179,7 @@ def test_all_linear_gives_experts_to_attention_too():
 
 
 def test_number_of_experts_may_differ_between_mlps():
-    model = transformers.LlamaForCausalLM(plain("LlamaConfig")())
-    model = get_peft_model(model, MoLEConfig(r=2, num_experts=3, num_experts_pattern={"layers.0.mlp": 5}))
+    model = adapted_llama(num_experts=3, num_experts_pattern={"layers.0.mlp": 5})
     counts = {name: layer.mole_A["default"].weight.shape[0] for name, layer in routed_layers(model).items()}
     assert {5 if ".layers.0." in name else 3 for name in counts} == set(counts.values())
     assert all(count == (5 if ".layers.0." in name else 3) for name, count in counts.items())
@@ -192,9 +187,7 @@ def test_number_of_experts_may_differ_between_mlps():
 
 
 def test_rank_and_alpha_may_differ_between_linears():
-    model = transformers.LlamaForCausalLM(plain("LlamaConfig")())
-    config = MoLEConfig(r=2, lora_alpha=4, rank_pattern={"up_proj": 3}, alpha_pattern={"layers.1.mlp.up_proj": 12})
-    model = get_peft_model(model, config)
+    model = adapted_llama(lora_alpha=4, rank_pattern={"up_proj": 3}, alpha_pattern={"layers.1.mlp.up_proj": 12})
     up = [layer for name, layer in routed_layers(model).items() if name.endswith("up_proj")]
     assert [layer.mole_A["default"].weight.shape[1] for layer in up] == [3, 3]
     assert [layer.scaling["default"] for layer in up] == [4 / 3, 4.0]
@@ -202,6 +195,73 @@ def test_rank_and_alpha_may_differ_between_linears():
 
 
 def test_rank_stabilised_scaling_divides_by_the_root():
-    model = transformers.LlamaForCausalLM(plain("LlamaConfig")())
-    model = get_peft_model(model, MoLEConfig(r=4, lora_alpha=6, use_rslora=True))
+    model = adapted_llama(r=4, lora_alpha=6, use_rslora=True)
     assert {layer.scaling["default"] for layer in routed_layers(model).values()} == {3.0}
+
+
+def bert(model: str, **overrides):
+    return lambda: getattr(transformers, model)(transformers.BertConfig(**{**BERT, **overrides}))
+
+
+def llama(model: str, **overrides):
+    return lambda: getattr(transformers, model)(transformers.LlamaConfig(**{**PLAIN, **overrides}))
+
+
+SPAN = {"start_positions": torch.tensor([1, 2]), "end_positions": torch.tensor([3, 3])}
+TASKS = {
+    "sequence-classification-encoder": (
+        "SEQ_CLS",
+        bert("BertForSequenceClassification"),
+        {"labels": torch.tensor([0, 1])},
+    ),
+    "sequence-classification-decoder": (
+        "SEQ_CLS",
+        llama("LlamaForSequenceClassification", num_labels=3),
+        {"labels": torch.tensor([0, 2])},
+    ),
+    "token-classification": ("TOKEN_CLS", bert("BertForTokenClassification"), {"labels": torch.ones(2, 6).long()}),
+    "question-answering": ("QUESTION_ANS", bert("BertForQuestionAnswering"), SPAN),
+    "causal-language-model": ("CAUSAL_LM", llama("LlamaForCausalLM"), {"labels": torch.ones(2, 6).long()}),
+    "sequence-to-sequence": (
+        "SEQ_2_SEQ_LM",
+        lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(**T5)),
+        {"labels": torch.ones(2, 4).long()},
+    ),
+    "feature-extraction": ("FEATURE_EXTRACTION", bert("BertModel"), {}),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_task_type_trains_and_comes_back_to_the_bit(task, tmp_path):
+    task_type, build, labels = TASKS[task]
+    batch = {**(sequence_pair() if task_type == "SEQ_2_SEQ_LM" else tokens()), **labels}
+    torch.manual_seed(0)
+    base = build()
+    weights = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    model = get_peft_model(base, MoLEConfig(r=2, init_lora_weights=False, task_type=task_type)).train()
+    output = model(**batch)
+    (output.loss if labels else output.last_hidden_state.square().mean()).backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.grad is not None:
+                parameter -= 0.1 * parameter.grad
+    model.eval().save_pretrained(tmp_path)
+    fresh = build()
+    fresh.load_state_dict(weights)
+    loaded = PeftModel.from_pretrained(fresh, tmp_path).eval()
+    assert type(loaded) is type(model)
+    with torch.no_grad():
+        found, expected = loaded(**batch), model(**batch)
+    assert found.keys() == expected.keys()
+    for name in ("loss", "logits", "start_logits", "last_hidden_state"):
+        if name in expected:
+            assert torch.equal(found[name], expected[name]), name
+
+
+def test_encoder_decoder_generates():
+    torch.manual_seed(0)
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**T5))
+    model = get_peft_model(model, MoLEConfig(r=2, init_lora_weights=False, task_type="SEQ_2_SEQ_LM")).eval()
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "num_beams": 2}
+    cached, uncached = (model.generate(**tokens(), use_cache=use, **settings) for use in (True, False))
+    assert torch.equal(cached, uncached)

@@ -1,5 +1,6 @@
-"""An exported cluster is MoCLE for that cluster: the same logits, in plain PEFT, and merged."""
+"""An exported cluster is MoCLE for that cluster: the same logits, in plain PEFT, and merged; and a text finds it."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -8,18 +9,34 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from mocle_to_export import NUM_CLUSTERS, SETTINGS, TOP_1, adapted, close, logits_of
 from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from peft_moe import MoCLEConfig
-from peft_moe.tuners.mocle.export import export_all, export_cluster_lora
+from peft_moe import (
+    ClusterAdapterRouter,
+    InstructionClusterer,
+    MoCLEConfig,
+    export_all,
+    export_cluster_lora,
+)
+from peft_moe.tuners.mocle.encoder import SentenceEncoder
+from pretrained import minilm_path
 from tiny_models import tiny_llama, token_batch
 
 
+NUM_CLUSTERS = 5
+SETTINGS = {
+    "num_clusters": NUM_CLUSTERS,
+    "num_experts": 3,
+    "r": 4,
+    "cluster_embedding_dim": 8,
+    "init_lora_weights": False,
+    # soft gates, so that every weight counts
+    "temperature": 0.5,
+}
 CONFIGS = {
-    "top_1": TOP_1,
+    "top_1": MoCLEConfig(**SETTINGS),
     "top_2": MoCLEConfig(**SETTINGS, top_k=2),
     "all_experts": MoCLEConfig(**SETTINGS, top_k=3),
     "squared": MoCLEConfig(**SETTINGS, squared_gate=True),
@@ -35,6 +52,28 @@ CONFIGS = {
     "two_layers": MoCLEConfig(**SETTINGS, target_modules=["up_proj"], layers_to_transform=[0, 2]),
     "modules_to_save": MoCLEConfig(**SETTINGS, modules_to_save=["lm_head"]),
 }
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def adapted(config=CONFIGS["top_1"], base=None):
+    # PEFT completes a configuration, which must not reach the next test
+    model = get_peft_model(base or tiny_llama(), copy.deepcopy(config))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(0.1)
+    return model.eval()
+
+
+@torch.no_grad()
+def logits_of(model, cluster=None, **inputs):
+    batch = inputs or {key: value for key, value in token_batch().items() if key != "labels"}
+    if cluster is not None:
+        batch["cluster_ids"] = torch.full((2,), cluster)
+    return model.eval()(**batch).logits
 
 
 def tiny_gpt2():
@@ -265,9 +304,13 @@ def test_other_adapters_are_not_overwritten(tmp_path):
     get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "model.safetensors").write_text("")
-    for folder, found in (("mocle", "a MOCLE adapter"), ("lora", "a LORA adapter"), ("full", "model.safetensors")):
+    for folder, found in (
+        ("mocle", "adapter_config.json"),
+        ("lora", "adapter_config.json"),
+        ("full", "model.safetensors"),
+    ):
         before = {path: path.read_bytes() for path in (tmp_path / folder).iterdir()}
-        with pytest.raises(ValueError, match=f"holds {found} that no export has written"):
+        with pytest.raises(ValueError, match=f"holds .*{found}.*which no export has written"):
             export_cluster_lora(model, 0, tmp_path / folder)
         assert before == {path: path.read_bytes() for path in (tmp_path / folder).iterdir()}
 
@@ -313,7 +356,7 @@ def test_cluster_out_of_range_is_refused(cluster, tmp_path):
 
 @pytest.mark.parametrize("cluster", [1.0, "1", True, [1], torch.tensor([0, 1])], ids=str)
 def test_cluster_that_is_no_number_is_refused(cluster, tmp_path):
-    with pytest.raises(TypeError, match="cluster must be"):
+    with pytest.raises(TypeError, match="cluster must be|integer"):
         export_cluster_lora(adapted(), cluster, tmp_path)
 
 
@@ -421,6 +464,113 @@ def test_export_of_all_next_to_the_adapter_it_came_from(tmp_path):
 def test_export_of_all_refuses_before_it_writes(tmp_path):
     model = adapted()
     get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "cluster_3")
-    with pytest.raises(ValueError, match="holds a LORA adapter"):
+    with pytest.raises(ValueError, match="holds .*adapter_config.json"):
         export_all(model, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["cluster_3"]
+
+
+# the client: a text gets the adapter of its cluster
+
+
+class WordEncoder(SentenceEncoder):
+    """The width of a vector is 8; words decide its direction."""
+
+    WORDS = ("colour", "sort", "sum", "poem", "law")
+
+    def __init__(self):
+        super().__init__("words")
+
+    @property
+    def embedding_dim(self):
+        return 8
+
+    def encode(self, texts, **options):
+        vectors = torch.zeros(len(texts), 8)
+        for row, text in enumerate(texts):
+            for column, word in enumerate(self.WORDS):
+                vectors[row, column] = text.lower().count(word)
+        return vectors
+
+
+@pytest.fixture
+def clusterer():
+    centroids = torch.eye(NUM_CLUSTERS, 8) + 0.1 * torch.rand(NUM_CLUSTERS, 8)
+    return InstructionClusterer(centroids, encoder=WordEncoder(), template="Task: {}")
+
+
+@pytest.fixture
+def exported(clusterer, tmp_path):
+    settings = {key: value for key, value in SETTINGS.items() if key not in ("num_clusters", "cluster_embedding_dim")}
+    model = adapted(MoCLEConfig.from_clusterer(clusterer, **settings))
+    export_all(model, tmp_path / "export")
+    return tmp_path / "export"
+
+
+def test_router_picks_the_adapter_of_the_cluster(exported, clusterer):
+    router = ClusterAdapterRouter.from_pretrained(exported, encoder=WordEncoder())
+    texts = ["Which colour?", [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "A poem"}]}]]
+    assert router.adapter_for(texts[0]) == "cluster_0"
+    assert router.adapter_for(texts[1]) == "cluster_3"
+    assert router.adapters_for([*texts, "Sort it"]) == ["cluster_0", "cluster_3", "cluster_1"]
+    torch.testing.assert_close(router.clusterer.centroids, clusterer.centroids, rtol=0, atol=0)
+    assert router.clusterer.template == "Task: {}"
+
+
+def test_adapter_that_the_router_picks_is_mocle_for_the_text(exported, clusterer):
+    settings = {key: value for key, value in SETTINGS.items() if key not in ("num_clusters", "cluster_embedding_dim")}
+    torch.manual_seed(0)
+    model = adapted(MoCLEConfig.from_clusterer(clusterer, **settings))
+    export_all(model, exported)
+    name = ClusterAdapterRouter.from_pretrained(exported, encoder=WordEncoder()).adapter_for("The sum of two")
+    plain = PeftModel.from_pretrained(tiny_llama(), exported / name)
+    close(logits_of(plain), logits_of(model, int(clusterer.predict(["The sum of two"]))))
+
+
+@pytest.mark.slow
+def test_router_with_the_real_encoder_agrees_with_the_clusterer(tmp_path):
+    texts = ["What colour is the car?", "Which colour is the dog?", "Sort a list in Python.", "Sort an array in C."]
+    clusterer = InstructionClusterer.fit(texts, 2, encoder=minilm_path(), show_progress=False)
+    export_all(adapted(MoCLEConfig.from_clusterer(clusterer, init_lora_weights=False)), tmp_path)
+    router = ClusterAdapterRouter.from_pretrained(tmp_path)
+    assert router.adapters_for(texts) == [f"cluster_{cluster}" for cluster in clusterer.predict(texts).tolist()]
+    assert router.adapter_for("What is the colour of the sky?") == router.adapter_for(texts[0])
+    assert router.adapter_for("Sort words in Rust.") == router.adapter_for(texts[2]) != router.adapter_for(texts[0])
+
+
+def test_router_needs_centroids(tmp_path):
+    export_all(adapted(), tmp_path)
+    with pytest.raises(ValueError, match="holds no centroids.*from_clusterer"):
+        ClusterAdapterRouter.from_pretrained(tmp_path)
+
+
+def test_router_refuses_a_damaged_table(exported):
+    file = exported / "clusters.json"
+    text = file.read_text()
+    table = json.loads(text)
+    table["centroids"][0][0] += 0.5
+    tampered = json.dumps(table)
+    fewer = json.dumps({**json.loads(text), "adapters": ["cluster_0"]})
+    without = json.dumps({key: value for key, value in json.loads(text).items() if key != "template"})
+    for damaged in (text[:-50], tampered, fewer, without, "[]", ""):
+        file.write_text(damaged)
+        with pytest.raises(ValueError, match="clusters.json in .* is damaged"):
+            ClusterAdapterRouter.from_pretrained(exported)
+
+
+def test_router_refuses_a_newer_format(exported):
+    file = exported / "clusters.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "format_version": 2}))
+    with pytest.raises(ValueError, match="format 2.*Upgrade"):
+        ClusterAdapterRouter.from_pretrained(exported)
+
+
+def test_router_of_a_folder_without_table_says_what_is_missing(tmp_path):
+    with pytest.raises(ValueError, match="holds no clusters.json"):
+        ClusterAdapterRouter.from_pretrained(tmp_path)
+    with pytest.raises(OSError, match="is no folder here"):
+        ClusterAdapterRouter.from_pretrained("no-one/no-adapter")
+
+
+def test_router_needs_an_adapter_per_cluster(clusterer):
+    with pytest.raises(ValueError, match="5 clusters, but 1 adapters"):
+        ClusterAdapterRouter(clusterer, ["cluster_0"])

@@ -94,7 +94,10 @@ class TestForward:
     def test_tokens_that_a_model_flattens_are_cut_by_its_batch_and_by_nothing_else(self):
         model = build()
         layer = next(iter(layers_of(model).values()))
-        with layer.recorder.context.surround({"cluster_ids": IDS}), pytest.raises(ValueError, match="got a batch of 12"):
+        with (
+            layer.recorder.context.surround({"cluster_ids": IDS}),
+            pytest.raises(ValueError, match="got a batch of 12"),
+        ):
             layer(torch.randn(12, 32))
 
     def test_a_model_that_pools_a_batch_is_routed_after_pooling_too(self):

@@ -49,7 +49,8 @@ VICUNA = (
 )
 GEMMA = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-    "{% for message in messages %}<start_of_turn>{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n"
+    "{% for message in messages %}"
+    "<start_of_turn>{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n"
     "{{ message['content'] | trim }}<end_of_turn>\n{% endfor %}"
     "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
@@ -70,8 +71,7 @@ PHI_3 = (
 )
 THINKING = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nToday is {{ strftime_now('%d %b %Y') }}.<|im_end|>\n"
-    "{% endif %}"
-    + CHATML.replace("assistant\n{% endif", "assistant\n<think>\n\n</think>\n\n{% endif")
+    "{% endif %}" + CHATML.replace("assistant\n{% endif", "assistant\n<think>\n\n</think>\n\n{% endif")
 )
 TEMPLATES = {
     "chatml": (CHATML, ["<|im_start|>", "<|im_end|>"]),
@@ -330,12 +330,17 @@ class TestPromptsOfChatTemplates:
             PromptReader(byte_tokenizer("{{ raise_exception('no') }}"))
 
     def test_a_template_with_one_turn_only_is_enough(self):
-        template = "{% if messages | length > 1 %}{{ raise_exception('one turn') }}{% endif %}Q: {{ messages[0]['content'] }}\nA:"
+        template = (
+            "{% if messages | length > 1 %}{{ raise_exception('one turn') }}{% endif %}"
+            "Q: {{ messages[0]['content'] }}\nA:"
+        )
         tokenizer = byte_tokenizer(template)
         assert PromptReader(tokenizer).read(**encoded(tokenizer, [[SECOND]])) == ["And how many?"]
 
     def test_a_template_that_knows_no_generation_prompt_is_split_where_answers_begin(self):
-        template = "{% for message in messages %}{{ message['role'] + ': ' + message['content'] | trim + '\n' }}{% endfor %}"
+        template = (
+            "{% for message in messages %}{{ message['role'] + ': ' + message['content'] | trim + '\n' }}{% endfor %}"
+        )
         tokenizer = byte_tokenizer(template)
         batch = encoded(tokenizer, [[SECOND], [SECOND, ANSWER, FIRST]])
         assert PromptReader(tokenizer).read(**batch) == ["And how many?"] * 2

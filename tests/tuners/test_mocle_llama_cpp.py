@@ -1,4 +1,4 @@
-"""llama.cpp, a server that knows nothing of MoCLE, generates what MoCLE generates from exported clusters of SmolLM2."""
+"""llama.cpp, which knows nothing of MoCLE, generates what MoCLE does from exported clusters of SmolLM2."""
 
 import json
 import sys
@@ -158,7 +158,8 @@ def test_llama_cpp_generates_the_tokens_of_each_cluster(targets, std, base_gguf,
         found_tokens, found_logprobs = server.generate(prompt, adapter)
         gap = (torch.tensor(found_logprobs) - torch.tensor(logprobs)).abs().max().item()
         print(
-            f"{adapter}: {len(tokens)} tokens, log-probabilities differ by up to {gap:.1e}: {tokenizer.decode(tokens)!r}"
+            f"{adapter}: {len(tokens)} tokens, log-probabilities differ by up to {gap:.1e}: "
+            f"{tokenizer.decode(tokens)!r}"
         )
         assert found_tokens == tokens
         assert len(tokens) >= 24

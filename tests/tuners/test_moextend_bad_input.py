@@ -130,8 +130,7 @@ MODELS = {
         llama4,
         {},
         r"layers.0.feed_forward.experts' \(Llama4TextExperts\) takes hidden_states instead of hidden_states, "
-        "top_k_index and "
-        "top_k_weights, so that no token can be sent to new experts.",
+        "top_k_index and top_k_weights, so that no token can be sent to new experts.",
     ),
     "jetmoe": (
         jetmoe,

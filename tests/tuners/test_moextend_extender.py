@@ -108,8 +108,7 @@ def test_counts_are_those_of_the_true_top_k_without_padding(tmp_path):
 
 
 def with_equal_experts(*, but: int) -> nn.Module:
-    """A Mixtral whose experts are all the same, except in one layer: only there does the task tell the router
-    anything."""
+    """A Mixtral whose experts are all the same, except in one layer: only there the task tells the router anything."""
     model = MIXTRAL.build()
     for index, layer in enumerate(model.model.layers):
         for parameter in layer.mlp.experts.parameters():

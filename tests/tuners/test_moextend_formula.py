@@ -1,5 +1,4 @@
-"""The extended block against the formulas of the paper, token by token; calibration, low-rank experts, balance
-loss."""
+"""The extended block against the formulas of the paper, by token; calibration, low-rank experts, balance loss."""
 
 from __future__ import annotations
 

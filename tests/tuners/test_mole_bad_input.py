@@ -147,7 +147,8 @@ def untouched(model) -> bool:
         ),
         pytest.param(
             {"target_modules": ["gate_proj", "act_fn"]},
-            r"needs nn.Linear, but 'model.layers.0.mlp.act_fn' is SiLU\w*. Remove it with exclude_modules=\['act_fn'\]",
+            r"needs nn.Linear, but 'model.layers.0.mlp.act_fn' is SiLU\w*. "
+            r"Remove it with exclude_modules=\['act_fn'\]",
             id="no-linear",
         ),
         pytest.param(

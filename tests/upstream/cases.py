@@ -17,7 +17,6 @@ from transformers.models.auto import modeling_auto, processing_auto
 
 from upstream import pipelines, stand_ins
 from upstream.generation import GenerationTesterMixin
-from upstream.report import MODELS
 from upstream.tester import TESTERS
 
 
@@ -29,6 +28,9 @@ def shared(module: str) -> Any:
         ImportError: This version of it has no such module.
     """
     return importlib.import_module(f"upstream.transformers_tests.{module}")
+
+
+MODELS = tuple(TESTERS)
 
 
 class _Case(unittest.TestCase):
@@ -141,8 +143,8 @@ def _expert_parallel_members() -> dict[str, Any]:
 def _fsdp_members() -> dict[str, Any]:
     def set_up(self: Any) -> None:
         _Case.setUp(self)
-        # the tests draw tokens from as many, and add losses of parts of a batch, which the load-balancing loss is not made
-        # for: it is a product of two means over all tokens
+        # the tests draw tokens from as many, and add losses of parts of a batch, which the load-balancing loss is not
+        # made for: it is a product of two means over all tokens
         self.model_tester.vocab_size = 256
         if self.model == "moe_llava":
             self.model_tester.fields = {**self.model_tester.fields, "router_aux_loss_coef": 0.0}

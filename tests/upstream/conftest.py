@@ -1,14 +1,12 @@
-"""Keeps the shared tests out of runs that leave out slow tests, and prints what they gave at the end of the others."""
+"""Keeps the shared tests out of runs that leave out slow tests."""
 
 from __future__ import annotations
 
 import re
-from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 
 from upstream.fetch import sdist_tests
-from upstream.report import OUTCOME, table
 
 
 def pytest_ignore_collect(collection_path, config) -> bool | None:
@@ -26,19 +24,3 @@ def pytest_configure(config) -> None:
     names = {name for source in sources for name in re.findall(r"\bmark\.(\w+)", source.read_text(encoding="utf-8"))}
     for name in sorted(names):
         config.addinivalue_line("markers", f"{name}: of transformers' shared tests")
-
-
-def pytest_terminal_summary(terminalreporter) -> None:
-    """Counts the outcomes that the tests recorded, in whichever process they ran."""
-    reports = [report for reports in terminalreporter.stats.values() for report in reports]
-    outcomes = Counter(
-        tuple(value)
-        for report in reports
-        if getattr(report, "when", None) == "call"
-        for name, value in report.user_properties
-        if name == OUTCOME
-    )
-    if outcomes:
-        terminalreporter.section("shared tests of transformers: passed / failed / skipped")
-        for line in table(outcomes):
-            terminalreporter.write_line(line)

@@ -7,8 +7,8 @@ from __future__ import annotations
 LISTED_FOR = "5.23"
 
 _CLIP = (
-    "LLaVA reads the hidden states of CLIP before its last layer norm, whose weights therefore get no gradient; upstream's "
-    "own test of LLaVA leaves these tests out"
+    "LLaVA reads the hidden states of CLIP before its last layer norm, whose weights therefore get no gradient; "
+    "upstream's own test of LLaVA leaves these tests out"
 )
 
 # suite → test → why native LLaVA and MoeLlava both fail it
@@ -27,8 +27,9 @@ MOE_LLAVA_SKIPS: dict[str, dict[str, str]] = {}
 def problem_with(suite: str, test: str, llava: str, moe_llava: str, *, is_listed_version: bool = True) -> str | None:
     """What is wrong about the two outcomes (`"passed"`, `"failed"` or `"skipped"`) of a test, if anything.
 
-    MoeLlava may fail nothing that native LLaVA passes or skips, and skip nothing that it passes without a listed reason.
-    On the version that the lists were made for, what both fail has to be listed too, and a list may name nothing else.
+    MoeLlava may fail nothing that native LLaVA passes or skips, and skip nothing that it passes without a listed
+    reason. On the version that the lists were made for, what both fail has to be listed too, and a list may name
+    nothing else.
     """
     both_fail = test in BOTH_FAIL.get(suite, {})
     may_skip = test in MOE_LLAVA_SKIPS.get(suite, {})

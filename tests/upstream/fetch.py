@@ -50,7 +50,7 @@ def sdist_tests(package: str, *, download: bool = False) -> Path:
 
 
 def _download(requirement: str, format_flag: str, folder: Path) -> Path:
-    """The one file that pip puts into the empty subfolder. Of a source distribution pip reads the metadata, no more."""
+    """The one file that pip puts into the empty subfolder. Of a source distribution pip reads only metadata."""
     folder = folder / requirement
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     print(f"Downloading {requirement}", file=sys.stderr, flush=True)
@@ -83,8 +83,8 @@ def _unpack_parameterized(wheel: Path, folder: Path) -> None:
     found = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if found != PARAMETERIZED_SHA256:
         raise RuntimeError(
-            f"{wheel.name} has sha256 {found}, but {PARAMETERIZED_SHA256} was expected: the download was damaged or the "
-            "package was replaced. Run this again, and if it repeats do not use the file."
+            f"{wheel.name} has sha256 {found}, but {PARAMETERIZED_SHA256} was expected: the download was damaged or "
+            "the package was replaced. Run this again, and if it repeats do not use the file."
         )
     with zipfile.ZipFile(wheel) as archive:
         for name in archive.namelist():

@@ -1,7 +1,7 @@
 """Stand-ins for transformers' tests of single pipelines, and the tiny checkpoints that they load.
 
-transformers' `PipelineTesterMixin` loads each checkpoint and its processor, builds a pipeline by one of the classes here,
-runs its test, and then ten examples in batches of four.
+transformers' `PipelineTesterMixin` loads each checkpoint and its processor, builds a pipeline by one of the classes
+here, runs its test, and then ten examples in batches of four.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What transformers' shared tests import and their source distribution lacks.
 
-`GenerationTesterMixin` is ours (`upstream.generation`); of the tests of exporters nothing is here. The processes of the
-distributed tests are started by a server that has imported torch and transformers once, not by a fresh interpreter each.
+`GenerationTesterMixin` is ours (`upstream.generation`); of the tests of exporters nothing is here. The processes of
+the distributed tests are started by a server that has imported torch and transformers once, not by a fresh interpreter
+each.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def empty_tiny_model_folder() -> Path:
 
 
 def run_distributed(world_size: int) -> Callable[[Callable], Callable]:
-    """Decorator: run `function(rank, *args)` in `world_size` processes that form a gloo group; raise what they raise."""
+    """Decorator: run `function(rank, *args)` in `world_size` processes of a gloo group; raise what they raise."""
 
     def decorate(function: Callable) -> Callable:
         def run(*args: Any) -> None:

@@ -1,14 +1,12 @@
-"""transformers' own shared tests over MoeLlava, with native LLaVA as the control: MoeLlava fails nothing that LLaVA passes."""
+"""transformers' own shared tests over MoeLlava, LLaVA as the control: MoeLlava fails nothing that LLaVA passes."""
 
 from __future__ import annotations
-
-from collections import Counter
 
 import pytest
 import transformers
 
 from upstream import cases, expectations
-from upstream.report import MODELS, OUTCOME, SUITES, table
+from upstream.cases import MODELS
 
 
 pytestmark = pytest.mark.slow
@@ -20,7 +18,7 @@ IS_LISTED_VERSION = transformers.__version__.startswith(f"{expectations.LISTED_F
 def parameters() -> list:
     """Every test of every suite; one that is skipped for each suite that cannot be had."""
     found = []
-    for suite in SUITES:
+    for suite in cases.BASES:
         try:
             marks = [pytest.mark.exhaustive] if suite in SEVERAL_PROCESSES else []
             found += [pytest.param(suite, name, marks=marks, id=f"{suite}-{name}") for name in cases.tests_of(suite)]
@@ -31,10 +29,8 @@ def parameters() -> list:
 
 
 @pytest.mark.parametrize(("suite", "name"), parameters())
-def test_moe_llava_fails_nothing_that_llava_passes(suite, name, request):
+def test_moe_llava_fails_nothing_that_llava_passes(suite, name):
     outcomes = {model: cases.run(suite, model, name) for model in MODELS}
-    for model, outcome in outcomes.items():
-        request.node.user_properties.append((OUTCOME, (suite, model, outcome.status)))
     statuses = [outcomes[model].status for model in MODELS]
     problem = expectations.problem_with(suite, name, *statuses, is_listed_version=IS_LISTED_VERSION)
     if problem:
@@ -114,12 +110,3 @@ def test_failures_errors_and_skips_are_told_apart():
     ):
         outcome = cases.outcome_of(Case(name))
         assert outcome.status == status and "because" in outcome.detail
-
-
-def test_table_counts_every_outcome():
-    outcomes = Counter({("modeling", "llava", "passed"): 3, ("modeling", "moe_llava", "skipped"): 1})
-    assert table(outcomes) == [
-        "suite     llava      moe_llava",
-        "modeling  3 / 0 / 0  0 / 0 / 1",
-        "all       3 / 0 / 0  0 / 0 / 1",
-    ]

@@ -1,12 +1,9 @@
 """HOW experts are computed: the dispatch plan, the op on it, and one file per backend."""
 
-from .api import lora_experts
-from .backend import Backend
-from .case import Case
-from .ffn_experts import explain_ffn_experts
+from .backends import BACKENDS, ENVIRONMENT_VARIABLE, Backend, Case, backend_report, explain, validate_name
+from .ffn import explain_ffn_experts
+from .op import lora_experts
 from .plan import DispatchPlan
-from .registry import BACKENDS, backend_report
-from .selection import ENVIRONMENT_VARIABLE, explain, validate_name
 
 
 __all__ = [

@@ -121,11 +121,6 @@ class DispatchPlan:
         """`(E,)` int32: where the rows of each expert end, the `offs` of `torch.nn.functional.grouped_mm`."""
         return self.expert_load.cumsum(0).to(torch.int32)
 
-    @cached_property
-    def expert_load_on_host(self) -> tuple[int, ...]:
-        """`expert_load` as Python integers. Waits for the device: only for backends that run on the CPU."""
-        return tuple(self.expert_load.tolist())
-
 
 def per_token(rows_BK: torch.Tensor, tokens_per_example: int) -> torch.Tensor:
     """`(B, K)` → `(T, K)`: repeat what belongs to an example for each of its tokens."""

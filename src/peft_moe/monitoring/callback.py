@@ -2,36 +2,64 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
 import weakref
+from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
-from ..foreign_moe import RouterRecording, belongs_to_tuner
+from ..aux_loss import AuxLoss
 from ..forward_context import ForwardPass
-from ..routing_recorder import RoutingRecorder, get_recorder
-from .expert_load import ExpertLoad
+from ..foreign_moe import RouterRecording, belongs_to_tuner
+from ..routing_recorder import RoutingRecorder, get_recorder, statistics_of
+from .expert_load import ExpertLoad, gather_json
 from .summary import DEAD_THRESHOLD, LoadSummary
-from .trainer_view import (
-    calling_handler,
-    checkpoint_folder,
-    come_first,
-    evaluated_prefix,
-    is_evaluating,
-    listen_weakly,
-)
-from .window import TrainWindow
 
 
 logger = logging.getLogger(__name__)
 
 TRAIN = "train"
 T = TypeVar("T")
+
+
+class TrainWindow:
+    """Counts and auxiliary losses of a few forward passes; reading them is the only thing that waits for the device.
+
+    Args:
+        load ([`ExpertLoad`]): an empty load to fill.
+    """
+
+    def __init__(self, load: ExpertLoad) -> None:
+        self.load = load
+        self._aux_loss_sum: torch.Tensor | float = 0.0
+        self._num_aux_losses = 0
+
+    def add_pass(self, forward_pass: ForwardPass, recorder: RoutingRecorder, *, domain: str) -> None:
+        """Add one finished pass of `recorder`."""
+        self.load.add_pass(forward_pass, domain=domain)
+        aux_loss = recorder.context.find_hook(AuxLoss)
+        if aux_loss is not None:
+            with torch.no_grad():
+                total = aux_loss.total(forward_pass, statistics_of(forward_pass))
+            if total is not None:
+                self._aux_loss_sum = self._aux_loss_sum + total
+                self._num_aux_losses += 1
+
+    def mean_aux_loss(self) -> float | None:
+        """Mean of the weighted auxiliary loss over the passes of all processes, each of which has to call this.
+
+        `None` where no adapter has one.
+        """
+        gathered = gather_json((float(self._aux_loss_sum), self._num_aux_losses))
+        num_aux_losses = sum(number for _, number in gathered)
+        return sum(total for total, _ in gathered) / num_aux_losses if num_aux_losses else None
 
 
 class ExpertLoadCallback(TrainerCallback):
@@ -54,8 +82,8 @@ class ExpertLoadCallback(TrainerCallback):
     name is the domain. It is written at the end of training and at each evaluation and checkpoint; resuming from a
     checkpoint in `output_dir` goes on counting.
 
-    Passing the callback to `Trainer(callbacks=[...])` is better than `add_callback`, which is too late for an evaluation
-    before training. Routers record each forward pass as long as the trainer exists.
+    Passing the callback to `Trainer(callbacks=[...])` is better than `add_callback`, which is too late for an
+    evaluation before training. Routers record each forward pass as long as the trainer exists.
 
     Args:
         file_name (`str`, *optional*): name of the file in `output_dir`; `None` writes none.
@@ -106,26 +134,16 @@ class ExpertLoadCallback(TrainerCallback):
         self._window, self._eval_window = TrainWindow(self._new_load()), self._new_load()
 
     def on_init_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start to listen, so that an evaluation before training counts too."""
-        self._join(model)
+        self._join(kwargs["model"])
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Count from zero, or go on with the counts of the checkpoint that training resumes from."""
-        self._join(model, is_required=True)
+        self._join(kwargs["model"], is_required=True)
         self._window = TrainWindow(self._new_load())
         self._num_collapsed_logs, self._has_warned = 0, False
         self._is_training = True
@@ -138,20 +156,16 @@ class ExpertLoadCallback(TrainerCallback):
         self._eval_window = self._new_load()
 
     def on_prediction_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Join a trainer that got this callback after its construction; its running evaluation cannot be exact."""
         if self._handler is None:
-            self._join(model)
+            self._join(kwargs["model"])
             self._misses_batches = True
             logger.warning(
-                "ExpertLoadCallback was added after the trainer was built and missed the first batch of this evaluation, "
-                "which is therefore not counted. Pass it as Trainer(..., callbacks=[ExpertLoadCallback()])."
+                "ExpertLoadCallback was added after the trainer was built and missed the first batch of this "
+                "evaluation, which is therefore not counted. Pass it as Trainer(..., "
+                "callbacks=[ExpertLoadCallback()])."
             )
 
     def on_log(
@@ -162,10 +176,10 @@ class ExpertLoadCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add the summary to `logs`, which the reporters get next, and to the entry that the trainer has kept of it."""
+        """Add the summary to `logs`, which the reporters get next, and to the entry that the trainer has kept."""
         if logs is None:
             return
-        prefix = evaluated_prefix(logs)
+        prefix = _evaluated_prefix(logs)
         if prefix is not None:
             added = self._end_evaluation(prefix)
         elif "loss" in logs:
@@ -191,14 +205,14 @@ class ExpertLoadCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Add the summary to the metrics of `trainer.predict`, and write the file."""
-        prefix = evaluated_prefix(metrics or {})
+        prefix = _evaluated_prefix(metrics or {})
         if metrics is not None and prefix is not None:
             metrics.update(self._end_evaluation(prefix))
         self._write(args, state)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the file, also into the checkpoint."""
-        self._write(args, state, folders=(args.output_dir or ".", checkpoint_folder(args, state)))
+        self._write(args, state, folders=(args.output_dir or ".", _checkpoint_folder(args, state)))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -211,9 +225,11 @@ class ExpertLoadCallback(TrainerCallback):
 
     def _join(self, model: nn.Module | None, *, is_required: bool = False) -> None:
         """Listen to the routers of `model`, and come first among the callbacks."""
-        handler = calling_handler(self)
+        handler = _calling_handler(self)
         if handler is not None:
-            come_first(self, handler)
+            # reporters see only what is in the logs when they are called; callbacks after this one keep their places
+            handler.callbacks.remove(self)
+            handler.callbacks.insert(0, self)
             self._handler = weakref.ref(handler)
         recorder = _alive(self._recorder)
         if model is None or (recorder is not None and get_recorder(model) is recorder):
@@ -231,7 +247,7 @@ class ExpertLoadCallback(TrainerCallback):
         assert recorder is not None
         if self._stop_listening is not None:
             self._stop_listening()
-        self._stop_listening = listen_weakly(self._count, self, recorder, recording)
+        self._stop_listening = _listen_weakly(self._count, self, recorder, recording)
         self._recorder = weakref.ref(recorder)
         self._image_token_id = ExpertLoad.for_model(model).image_token_id
         self._window, self._eval_window = TrainWindow(self._new_load()), self._new_load()
@@ -245,7 +261,7 @@ class ExpertLoadCallback(TrainerCallback):
         if forward_pass.has_gradient:
             if self._is_training and recorder is not None:
                 self._window.add_pass(forward_pass, recorder, domain=TRAIN)
-        elif is_evaluating(_alive(self._handler)):
+        elif _is_evaluating(_alive(self._handler)):
             self._eval_window.add_pass(forward_pass)
 
     def _end_window(self, state: TrainerState) -> dict[str, float]:
@@ -280,15 +296,16 @@ class ExpertLoadCallback(TrainerCallback):
         logger.warning(
             f"The experts have collapsed: at step {state.global_step} the load entropy is {summary.entropy:.2f} (1 is "
             f"balanced) and {summary.num_dead_experts} of {summary.num_experts} experts are dead; expert "
-            f"{summary.busiest_expert} of '{summary.busiest_router}' gets {summary.max_share:.0%}. It has looked so for "
-            f"{self._num_collapsed_logs} logs (limits: min_entropy={self.min_entropy}, "
+            f"{summary.busiest_expert} of '{summary.busiest_router}' gets {summary.max_share:.0%}. It has looked so "
+            f"for {self._num_collapsed_logs} logs (limits: min_entropy={self.min_entropy}, "
             f"max_dead_fraction={self.max_dead_fraction}). Raise router_aux_loss_coef, lower the learning rate of the "
-            "routers, or use fewer experts. This is said once; the logs go on showing expert_load_entropy and dead_experts."
+            "routers, or use fewer experts. This is said once; the logs go on showing expert_load_entropy and "
+            "dead_experts."
         )
 
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
         self.train_load, self._train_from_step = ExpertLoad(), state.global_step
-        path = os.path.join(checkpoint_folder(args, state), self.file_name or "")
+        path = os.path.join(_checkpoint_folder(args, state), self.file_name or "")
         if state.global_step and os.path.isfile(path):
             with open(path, encoding="utf-8") as file:
                 table = json.load(file)
@@ -325,3 +342,67 @@ def _log_keys(summary: LoadSummary) -> dict[str, float]:
 
 def _alive(reference: weakref.ref[T] | None) -> T | None:
     return None if reference is None else reference()
+
+
+def _calling_handler(callback: TrainerCallback) -> CallbackHandler | None:
+    """The handler that has just called `callback`, found on the call stack.
+
+    No argument of any event leads to it, and only it says in which order callbacks are called and, from the first
+    batch on, whether the evaluation loop runs.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        handler = frame.f_locals.get("self")
+        if isinstance(handler, CallbackHandler) and any(entry is callback for entry in handler.callbacks):
+            return handler
+        frame = frame.f_back
+    return None
+
+
+def _is_evaluating(handler: CallbackHandler | None) -> bool:
+    """Whether the evaluation loop runs: generating a sample in between is not part of any data set."""
+    loader = None if handler is None else handler.eval_dataloader
+    gradient_state = getattr(loader, "gradient_state", None)
+    # a data loader that accelerate has not prepared does not say whether it is being read
+    return loader is not None and (gradient_state is None or gradient_state.active_dataloader is loader)
+
+
+def _evaluated_prefix(metrics: dict[str, Any]) -> str | None:
+    """The `metric_key_prefix` of an evaluation, by the speed that the trainer adds to its metrics; else `None`.
+
+    The final log of training has a speed too, and `total_flos`, which no evaluation has.
+    """
+    if "total_flos" in metrics:
+        return None
+    ending = "_steps_per_second"
+    return next((key.removesuffix(ending) for key in metrics if key.endswith(ending)), None)
+
+
+def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> str:
+    return os.path.join(args.output_dir or ".", f"checkpoint-{state.global_step}")
+
+
+def _listen_weakly(
+    method: Callable[[ForwardPass], None],
+    owner: object,
+    recorder: RoutingRecorder,
+    recording: RouterRecording | None = None,
+) -> weakref.finalize[Any, Any]:
+    """Let a method of `owner` listen until `owner` is gone, or until the result is called; then close `recording`.
+
+    The recorder lives in the model, which must not keep a trainer alive.
+    """
+    listening = weakref.WeakMethod(method)
+
+    def listen(forward_pass: ForwardPass) -> None:
+        found = listening()
+        if found is not None:
+            found(forward_pass)
+
+    def stop() -> None:
+        recorder.listeners.remove(listen)
+        if recording is not None:
+            recording.close()
+
+    recorder.listeners.append(listen)
+    return weakref.finalize(owner, stop)

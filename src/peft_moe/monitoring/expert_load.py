@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ..foreign_moe import listen_to_routers
 from ..forward_context import ForwardPass
 from ..routing_recorder import RouterRecord, records_of
-from .gathering import gather_json
 from .summary import DEAD_THRESHOLD, LoadSummary, summarize_load
 
 
@@ -32,8 +33,8 @@ class LoadKey(NamedTuple):
 class ExpertLoad:
     """Counts how often each expert was chosen, per adapter, router, domain and token group. Padding does not count.
 
-    A token that visits K experts counts K times. Counts are int64 and stay on the device of their router until they are
-    read, so that counting never waits for a GPU.
+    A token that visits K experts counts K times. Counts are int64 and stay on the device of their router until they
+    are read, so that counting never waits for a GPU.
 
     Token groups are `"text"` and `"image"` where `image_token_id` is given and the pass had `input_ids` of the shape
     that the router saw; all other tokens are in the group `"all"`.
@@ -114,8 +115,8 @@ class ExpertLoad:
     ) -> dict[str, list[int]]:
         """Counts `router name → E integers`, added up over everything that is not chosen.
 
-        With several adapters and none chosen, names are `adapter.router`, for their experts are not the same. Waits for
-        the device.
+        With several adapters and none chosen, names are `adapter.router`, for their experts are not the same. Waits
+        for the device.
         """
         wanted = LoadKey(adapter, None, domain, token_group)  # type: ignore[arg-type]
         prefixes_adapter = adapter is None and len(self.adapters) > 1
@@ -155,7 +156,7 @@ class ExpertLoad:
         return summarize_load(chosen, dead_threshold=dead_threshold)
 
     def to_dict(self, *, dead_threshold: float = DEAD_THRESHOLD) -> dict[str, Any]:
-        """Plain values for json: a summary per domain, and counts adapter → router → domain → token group → E numbers."""
+        """Plain values for json: a summary per domain; counts adapter → router → domain → token group → E numbers."""
         counts: dict[str, Any] = {}
         for key, values in self.counts.items():
             by_domain = counts.setdefault(key.adapter, {}).setdefault(key.router, {})
@@ -176,8 +177,8 @@ class ExpertLoad:
         """
         if table.get("format") != TABLE_FORMAT:
             raise ValueError(
-                f"This is no table of expert load of format {TABLE_FORMAT}: its format is {table.get('format')!r}. The "
-                "file of ExpertLoadCallback holds two tables, under 'train' and under 'eval'."
+                f"This is no table of expert load of format {TABLE_FORMAT}: its format is {table.get('format')!r}. "
+                "The file of ExpertLoadCallback holds two tables, under 'train' and under 'eval'."
             )
         load = cls()
         for adapter, by_router in table["counts"].items():
@@ -208,8 +209,8 @@ def record_expert_load(model: nn.Module, domain: str = ALL, *, into: ExpertLoad 
 
     Args:
         model (`nn.Module`):
-            A model with routers of ours, any mixture of experts whose routers are known (Mixtral, Qwen-MoE, MoeLlava, ...),
-            whose adapter is then called `"base"`, or a wrapper around one.
+            A model with routers of ours, any mixture of experts whose routers are known (Mixtral, Qwen-MoE, MoeLlava,
+            ...), whose adapter is then called `"base"`, or a wrapper around one.
         domain (`str`): what these passes are counted as.
         into (`ExpertLoad`, *optional*): the load to add to, instead of a new one.
 
@@ -260,3 +261,27 @@ def image_token_id_of(model: nn.Module) -> int | None:
             if isinstance(token_id, int):
                 return token_id
     return None
+
+
+def gather_json(value: Any) -> list[Any]:
+    """`value` of every process as json gives it back, in order of rank; every process has to call it."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [json.loads(json.dumps(value))]
+    content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(_collective_device())
+    sizes = _all_gather(torch.tensor([content.numel()], device=content.device))
+    padded = content.new_zeros(int(torch.stack(sizes).max()))
+    padded[: content.numel()] = content
+    rows = zip(_all_gather(padded), sizes, strict=True)
+    return [json.loads(row[: int(size)].cpu().numpy().tobytes()) for row, size in rows]
+
+
+def _all_gather(tensor: torch.Tensor) -> list[torch.Tensor]:
+    gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, tensor)
+    return gathered
+
+
+def _collective_device() -> torch.device:
+    """The CPU if it can take part, else the current device of the first kind that can: NCCL knows CUDA only."""
+    kinds = [entry.partition(":")[0] for entry in dist.get_backend_config().split(",")]
+    return torch.device("cpu" if "cpu" in kinds else kinds[0])

@@ -15,8 +15,16 @@ from torch import nn
 from ..foreign_moe import listen_to_routers
 from ..forward_context import ForwardPass
 from ..routing_recorder import RouterRecord, records_of
-from .expert_load import ALL, IMAGE, TEXT, ExpertLoad, LoadKey, image_positions, image_token_id_of
-from .gathering import gather_json
+from .expert_load import (
+    ALL,
+    IMAGE,
+    TEXT,
+    ExpertLoad,
+    LoadKey,
+    gather_json,
+    image_positions,
+    image_token_id_of,
+)
 
 
 CHOICES = ("top_1", "top_k")
@@ -34,8 +42,8 @@ class Pathway:
         num_tokens (`int`): tokens that take it.
         share (`float`): of the tokens of its group, in (0, 1].
         independent_share (`float`):
-            The share if layers chose independently of each other: the product, over layers, of the share of tokens that
-            choose the same there.
+            The share if layers chose independently of each other: the product, over layers, of the share of tokens
+            that choose the same there.
     """
 
     experts: tuple[tuple[int, ...], ...]
@@ -45,7 +53,7 @@ class Pathway:
 
     @property
     def lift(self) -> float:
-        """`share / independent_share`: above 1 where layers agree on what these tokens are. Chance for a few tokens."""
+        """`share / independent_share`: above 1 where layers agree on what these tokens are; chance for a few."""
         return self.share / self.independent_share if self.independent_share else math.inf
 
     @property
@@ -106,9 +114,9 @@ class PathwayCounts:
 class ExpertPathways:
     """Counts the sequences of experts that tokens take through the mixtures of a model. Padding does not count.
 
-    The pathway of a token consists of the decisions of one forward pass, of all routers in the same list of layers that
-    saw the tokens; with a key-value cache each token is in one pass. Adapters are counted apart. Token groups are those
-    of [`ExpertLoad`]. Each pass waits for the device once per token group, unlike in [`ExpertLoad`].
+    The pathway of a token consists of the decisions of one forward pass, of all routers in the same list of layers
+    that saw the tokens; with a key-value cache each token is in one pass. Adapters are counted apart. Token groups are
+    those of [`ExpertLoad`]. Each pass waits for the device once per token group, unlike in [`ExpertLoad`].
 
     After figure 6 of MoE-LLaVA (https://huggingface.co/papers/2401.15947), whose released code projects the matrix of
     expert numbers on principal components and rounds them; these are the sequences themselves.
@@ -168,8 +176,8 @@ class ExpertPathways:
         if (found.num_experts, found.widths) != (num_experts, widths):
             raise ValueError(
                 f"The routers of adapter {key.adapter!r} had {list(found.num_experts)} experts and chose "
-                f"{list(found.widths)} of them; now it is {list(num_experts)} and {list(widths)}. Count the two models "
-                "in two ExpertPathways."
+                f"{list(found.widths)} of them; now it is {list(num_experts)} and {list(widths)}. Count the two "
+                "models in two ExpertPathways."
             )
         return found
 
@@ -225,8 +233,8 @@ class ExpertPathways:
         by_group = self.counts[key]
         if token_group is not None and token_group not in by_group:
             raise ValueError(
-                f"No token of group {token_group!r} was counted in {name!r}. Choose one of {list(by_group)}; 'text' and "
-                "'image' need a config with image_token_id (or image_token_index) and calls with input_ids."
+                f"No token of group {token_group!r} was counted in {name!r}. Choose one of {list(by_group)}; 'text' "
+                "and 'image' need a config with image_token_id (or image_token_index) and calls with input_ids."
             )
         if token_group is not None or len(by_group) == 1:
             chosen = by_group[token_group] if token_group is not None else next(iter(by_group.values()))
@@ -326,8 +334,8 @@ class ExpertPathways:
         """
         if table.get("format") != TABLE_FORMAT or "pathways" not in table:
             raise ValueError(
-                f"This is no table of pathways of format {TABLE_FORMAT}: its format is {table.get('format')!r} and its "
-                f"entries are {sorted(table)}. Give what ExpertPathways.to_dict returned."
+                f"This is no table of pathways of format {TABLE_FORMAT}: its format is {table.get('format')!r} and "
+                f"its entries are {sorted(table)}. Give what ExpertPathways.to_dict returned."
             )
         pathways = cls(choice=table["choice"])
         for entry in table["pathways"]:

@@ -138,8 +138,8 @@ def plot_pathways(
 ) -> Figure:
     """Draw the `n` most common pathways of each stack of layers and token group (MoE-LLaVA, figure 6).
 
-    Each row is a pathway, each column a layer, each number the expert that is chosen there (left out where sets of many
-    experts would not be readable; colours tell them apart). Bars are shares of tokens; a
+    Each row is a pathway, each column a layer, each number the expert that is chosen there (left out where sets of
+    many experts would not be readable; colours tell them apart). Bars are shares of tokens; a
     black line says what the share would be if layers chose independently.
 
     Args:

@@ -22,9 +22,9 @@ from ..routing_recorder import RoutingRecorder, install_recorder
 def refuse_reentrant_checkpointing_under_ddp(recorder: RoutingRecorder, *, shares_parameters: bool = False) -> None:
     """Raise where DDP would fail in backward with a message about parameters that are ready twice.
 
-    Reentrant checkpointing runs the first forward of a block without gradients inside a pass that has them. DDP's search
-    for unused parameters then counts the parameters of each block several times; and each block has a backward of its
-    own, which makes a parameter that several blocks share ready several times.
+    Reentrant checkpointing runs the first forward of a block without gradients inside a pass that has them. DDP's
+    search for unused parameters then counts the parameters of each block several times; and each block has a backward
+    of its own, which makes a parameter that several blocks share ready several times.
 
     Args:
         recorder (`RoutingRecorder`): knows the running pass.
@@ -48,8 +48,8 @@ def refuse_reentrant_checkpointing_under_ddp(recorder: RoutingRecorder, *, share
         why = "with find_unused_parameters=True (what Trainer sets for a PeftModel)"
         instead = "ddp_find_unused_parameters=False"
     raise RuntimeError(
-        f"Reentrant gradient checkpointing does not work under DistributedDataParallel {why}: backward would fail. Use "
-        f'gradient_checkpointing_kwargs={{"use_reentrant": False}}, or {instead}.'
+        f"Reentrant gradient checkpointing does not work under DistributedDataParallel {why}: backward would fail. "
+        f'Use gradient_checkpointing_kwargs={{"use_reentrant": False}}, or {instead}.'
     )
 
 
@@ -64,7 +64,7 @@ def refuse_replica(layer: nn.Module) -> None:
 
 
 def check_finite(values: torch.Tensor, what: str) -> None:
-    """Stop where the model diverged, and not where an index made of NaN strikes; on a GPU without waiting for it.
+    """Stop where the model diverged, not later at an index made of NaN; on a GPU without waiting for the device.
 
     Args:
         values (`torch.Tensor`): of any shape.
@@ -77,8 +77,8 @@ def check_finite(values: torch.Tensor, what: str) -> None:
         return
     total = _total(values)
     message = (
-        f"{what} that are not finite. The hidden states or the adapter contain NaN or infinity: lower the learning rate, "
-        "clip gradients, or check the checkpoint."
+        f"{what} that are not finite. The hidden states or the adapter contain NaN or infinity: lower the learning "
+        "rate, clip gradients, or check the checkpoint."
     )
     if values.device.type == "cpu":
         if not math.isfinite(total.item()):
@@ -119,6 +119,7 @@ class MoeTuner(BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
+            # a refused adapter leaves the model as it was, unless an earlier adapter still needs the hooks
             if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
                 remove_context(model)
             raise
@@ -142,7 +143,7 @@ class MoeTuner(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Refuse `adapter_names`, which PEFT drops without a word where a tuner does not handle it."""
+        """Refuse `adapter_names`, which PEFT drops silently where a tuner does not handle it."""
         if kwargs.get("adapter_names") is not None:
             raise ValueError(
                 f"{type(self).__name__} cannot use another adapter for each sample, but got adapter_names="
@@ -181,8 +182,8 @@ def check_adapter_state_dict(
 
     Raises:
         ValueError: tensors are missing, superfluous, of another shape, no floating-point numbers where the model has
-            such, or not finite. A mixture of experts of which only a part is loaded would compute something else without
-            a word.
+            such, or not finite. A mixture of experts of which only a part is loaded would silently compute something
+            else.
     """
     needed = {}
     for layer_name, layer in model.named_modules():

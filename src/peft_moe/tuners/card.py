@@ -20,6 +20,7 @@ Use the code below to get started with the model.
 [More Information Needed]
 """
 """What PEFT's template says where this section belongs."""
+HOW_PEFT_KNOWS_IT = "`import peft_moe` (`pip install peft-moe`) makes it known to PEFT"
 TABLE_HEAD = "| setting | field | value |"
 TABLE = re.compile(rf"^{re.escape(TABLE_HEAD)}\n(?:\|.*\n?)+", re.MULTILINE)
 REPOSITORY = '"<this repository>"'
@@ -53,11 +54,11 @@ def is_hub_id(name: str) -> bool:
 
 
 def complete_model_card(folder: str | Path, facts: AdapterFacts) -> None:
-    """Add a section to the card of an adapter, or bring its table up to date; do nothing where PEFT has written no card.
+    """Add a section to the card of an adapter, or bring its table up to date; nothing where PEFT has written no card.
 
-    PEFT writes the card into the folder of the adapter `default`; any other one is saved in a subfolder of its name, and
-    the card in the folder above speaks of the first of them. The Hub refuses a card whose base model is no id, so that a
-    folder is not named as one.
+    PEFT writes the card into the folder of the adapter `default`; any other one is saved in a subfolder of its name,
+    and the card in the folder above speaks of the first of them. The Hub refuses a card whose base model is no id, so
+    that a folder is not named as one.
     """
     folder, subfolder = Path(folder), None
     if not (folder / CARD_FILE).is_file():
@@ -105,7 +106,7 @@ def _section(facts: AdapterFacts, subfolder: str | None, *, on_hub: bool) -> str
         )
     return f"""{HEADING}
 
-This is a [{facts.method}]({facts.paper_url}) adapter. `import peft_moe` (`pip install peft-moe`) makes it known to PEFT:
+This is a [{facts.method}]({facts.paper_url}) adapter. {HOW_PEFT_KNOWS_IT}:
 
 ```python
 import peft_moe

@@ -81,8 +81,8 @@ def _float32(name: str, value: Any) -> list[str]:
     ]
 
 
-# What a field is annotated with; `bool`, `str` and `Literal` are rules by themselves. A rule needs a name: annotations are
-# text that `get_type_hints` evaluates, and a lambda in such a text finds no name of its module.
+# What a field is annotated with; `bool`, `str` and `Literal` are rules by themselves. A rule needs a name: annotations
+# are text that `get_type_hints` evaluates, and a lambda in such a text finds no name of its module.
 Count = Annotated[int, must_be("a whole number of at least 1", is_positive_int)]
 Positive = Annotated[float, must_be("a positive number", lambda value: is_number(value) and value > 0)]
 NotNegative = Annotated[float, must_be("a number and not negative", lambda value: is_number(value) and value >= 0)]
@@ -156,8 +156,8 @@ class MoeTunerConfig(PeftConfig):
         if loss != ("global", "mole"):
             return []
         return [
-            "router_aux_loss_scope='global' has no meaning with router_aux_loss_type='mole', which balances each sample "
-            "by itself. Use 'switch' or 'pooled', or leave router_aux_loss_scope out."
+            "router_aux_loss_scope='global' has no meaning with router_aux_loss_type='mole', which balances each "
+            "sample by itself. Use 'switch' or 'pooled', or leave router_aux_loss_scope out."
         ]
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -172,8 +172,8 @@ class MoeTunerConfig(PeftConfig):
 def _check_checkpoint_format(found: int, *, method: str) -> None:
     if not is_positive_int(found):
         raise ValueError(
-            f"checkpoint_format of a {method} adapter must be a whole number of at least 1, but is {found!r}. Leave it as "
-            "it was saved."
+            f"checkpoint_format of a {method} adapter must be a whole number of at least 1, but is {found!r}. Leave "
+            "it as it was saved."
         )
     if found > CHECKPOINT_FORMAT:
         raise ValueError(

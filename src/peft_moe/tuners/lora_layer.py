@@ -1,4 +1,4 @@
-"""What the layers with LoRA experts share: the stacked experts, and the way from the base layer's output to the sum."""
+"""What the layers with LoRA experts share: stacked experts, and the way from the base layer's output to the sum."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class LoraExpertsLayer(nn.Module, BaseTunerLayer):
     """
 
     prefix: str
-    """what the names of the parameter containers begin with, that of the tuner"""
+    """what the names of the containers begin with that a subclass makes: `…A`, `…B` and `…dropout`"""
 
     def __init__(self, base_layer: nn.Module, name: str, recorder: RoutingRecorder) -> None:
         super().__init__()
@@ -77,8 +77,6 @@ class LoraExpertsLayer(nn.Module, BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         self.num_experts: dict[str, int] = {}
         self.backend: dict[str, str] = {}
-        for part in ("A", "B", "dropout"):
-            setattr(self, self.prefix + part, nn.ModuleDict())
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         base = self.get_base_layer()
@@ -160,6 +158,7 @@ class LoraExpertsLayer(nn.Module, BaseTunerLayer):
         A, B = self._part("A")[adapter_name](), self._part("B")[adapter_name]()
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else A.dtype
         hidden_states = self._cast_input_dtype(x, dtype).reshape(*result.shape[:-1], self.in_features)
+        # routers read x itself: neither dropout nor the dtype of the experts may change a decision
         hidden_states, dispatch = self.dispatch(adapter_name, x, hidden_states)
         if self.training:
             hidden_states = self._part("dropout")[adapter_name](hidden_states)

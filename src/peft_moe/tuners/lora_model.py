@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 from peft import NoMatchingPeftModuleError
@@ -23,24 +23,22 @@ class LoraExpertsModel(MoeTuner):
 
     target_module_mapping: dict[str, list[str]] = {}
 
-    def _select(self, names: list[str], peft_config: LoraExpertsConfig) -> set[str]:
-        """What to put into a configuration to get exactly `names`: none of another tower of a multi-modal model, and none
-        of a layer that `layers_to_transform` leaves out, which PEFT does not look at where a name is given in full."""
-        chosen = shorten(names, [name for name, _ in self.model.named_modules()])
-        return {name for name in chosen if name not in names or is_in_layers(peft_config, name)}
-
-    def _select_some(self, names: list[str], peft_config: LoraExpertsConfig) -> set[str]:
-        """[`_select`], of which something has to be left.
+    def _select(self, names: list[str], peft_config: LoraExpertsConfig, *, may_be_empty: bool = False) -> set[str]:
+        """What to put into a configuration to get exactly `names`: none of another tower of a multi-modal model, and
+        none of a layer that `layers_to_transform` leaves out, which PEFT does not look at where a name is given in
+        full.
 
         Raises:
-            NoMatchingPeftModuleError: `layers_to_transform` leaves nothing of `names`.
+            NoMatchingPeftModuleError: `layers_to_transform` leaves nothing of `names`, and that is not allowed.
         """
-        chosen = self._select(names, peft_config)
-        if names and not chosen:
+        chosen = shorten(names, [name for name, _ in self.model.named_modules()])
+        chosen = {name for name in chosen if name not in names or _is_in_layers(peft_config, name)}
+        if names and not chosen and not may_be_empty:
             raise NoMatchingPeftModuleError(
                 f"layers_to_transform={peft_config.layers_to_transform} and layers_pattern="
-                f"{peft_config.layers_pattern!r} leave none of the {len(names)} linears that {peft_config.method} found in "
-                f"{type(self.model).__name__}, such as '{names[0]}'. Name layers that the model has, or leave both out."
+                f"{peft_config.layers_pattern!r} leave none of the {len(names)} linears that {peft_config.method} "
+                f"found in {type(self.model).__name__}, such as '{names[0]}'. Name layers that the model has, or "
+                "leave both out."
             )
         return chosen
 
@@ -56,8 +54,8 @@ class LoraExpertsModel(MoeTuner):
             if is_target(peft_config, name):
                 if isinstance(module, LoraExpertsLayer) and not isinstance(module, self.tuner_layer_cls):
                     raise ValueError(
-                        f"'{name}' is a {type(module).__name__} already: a linear cannot have experts of two methods. Give "
-                        f"this adapter other target_modules, or remove the first one with unload()."
+                        f"'{name}' is a {type(module).__name__} already: a linear cannot have experts of two methods. "
+                        f"Give this adapter other target_modules, or remove the first one with unload()."
                     )
                 check_target(model, name, base_of(module), method=peft_config.method)
                 names.append(name)
@@ -101,6 +99,8 @@ class LoraExpertsModel(MoeTuner):
             r=by_pattern(peft_config.rank_pattern, current_key, peft_config.r),
             lora_alpha=by_pattern(peft_config.alpha_pattern, current_key, peft_config.lora_alpha),
         )
+        layer._move_adapter_to_device_of_base_layer(adapter_name)
+        layer.set_adapter(layer.active_adapters, inference_mode=peft_config.inference_mode)
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
@@ -137,27 +137,31 @@ def adaptable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             inside = f"{name}."
 
 
-def is_target(config: Any, name: str) -> Any:
-    """Whether `target_modules` and the fields that restrict it choose the module `name`."""
+def is_target(config: LoraExpertsConfig, name: str, **other_fields: Any) -> Any:
+    """Whether `target_modules` and the fields that restrict it choose the module `name`.
+
+    Args:
+        config (`LoraExpertsConfig`), name (`str`): the fields, and the full name of the module.
+        other_fields: what to take instead of a field of `config`.
+
+    Returns:
+        What PEFT says: false is not only `False`, but also its marker for an excluded module.
+    """
+    if other_fields:
+        config = copy.copy(config)
+        vars(config).update(other_fields)
     return check_target_module_exists(config, name)
-
-
-def is_in_layers(config: LoraExpertsConfig, name: str) -> bool:
-    """Whether `layers_to_transform` allows the module `name`."""
-    view = SimpleNamespace(
-        target_modules=[name.rpartition(".")[2]],
-        target_parameters=None,
-        exclude_modules=None,
-        modules_to_save=None,
-        layers_to_transform=config.layers_to_transform,
-        layers_pattern=config.layers_pattern,
-    )
-    return bool(is_target(view, name))
 
 
 def by_pattern(pattern: dict[str, Any], name: str, default: Any) -> Any:
     """The value whose key matches `name`, or `default`."""
     return pattern.get(get_pattern_key(list(pattern), name), default)
+
+
+def _is_in_layers(config: LoraExpertsConfig, name: str) -> bool:
+    """Whether `layers_to_transform` allows the module `name`."""
+    last = [name.rpartition(".")[2]]
+    return bool(is_target(config, name, target_modules=last, exclude_modules=None, modules_to_save=None))
 
 
 def _shown(target_modules: set[str] | list[str] | str | None) -> str:

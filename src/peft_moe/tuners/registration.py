@@ -12,8 +12,8 @@ from peft.utils import register_peft_method
 def peft_type(name: str) -> PeftType:
     """Return `PeftType.<name>`, adding the member if PEFT does not have it (yet).
 
-    PEFT offers `register_peft_method` for tuners but no way to add a member, and a plain string fails in several places
-    that read `.value`. The member is built as `enum` itself builds one.
+    PEFT offers `register_peft_method` for tuners but no way to add a member, and a plain string fails in several
+    places that read `.value`. The member is built as `enum` itself builds one.
     """
     if name in PeftType.__members__:
         return PeftType[name]
@@ -42,8 +42,9 @@ def register_tuner(name: str, *, config_cls: type[Any], model_cls: type[Any]) ->
         return
     if registered is not None:
         raise RuntimeError(
-            f"The PEFT type {name.upper()} is already registered by {registered.__module__}.{registered.__qualname__}. "
-            "peft_moe cannot be imported beside it; uninstall one of the two packages."
+            f"The PEFT type {name.upper()} is already registered by "
+            f"{registered.__module__}.{registered.__qualname__}. peft_moe cannot be imported beside it; uninstall one "
+            "of the two packages."
         )
     taken = [str(other) for other, used in PEFT_TYPE_TO_PREFIX_MAPPING.items() if used == prefix]
     if taken:

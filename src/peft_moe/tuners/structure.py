@@ -129,7 +129,7 @@ def is_gathered_when_called(module: nn.Module) -> bool:
 
 
 def is_split(model: nn.Module, name: str, weight: torch.Tensor | None) -> bool:
-    """Whether the module `name` computes with a part of its weight, as in tensor parallelism; FSDP gathers it first."""
+    """Whether the module `name` computes with a part of its weight (tensor parallelism); FSDP gathers it first."""
     if not is_sharded(weight):
         return False
     path = name.split(".")
@@ -149,13 +149,13 @@ def check_target(model: nn.Module, name: str, module: nn.Module, *, method: str)
         )
     if is_split(model, name, getattr(module, "weight", None)):
         raise ValueError(
-            f"'{name}' is split over processes by tensor parallelism ({module.weight.placements}), and {method} adds experts "
-            "to whole linears only. Load the base model without tp_plan, and share it out by FSDP or DeepSpeed instead; or "
-            f"exclude what the plan splits: exclude_modules=['{name.rpartition('.')[2]}', ...]."
+            f"'{name}' is split over processes by tensor parallelism ({module.weight.placements}), and {method} adds "
+            "experts to whole linears only. Load the base model without tp_plan, and share it out by FSDP or "
+            f"DeepSpeed instead; or exclude what the plan splits: exclude_modules=['{name.rpartition('.')[2]}', ...]."
         )
     parent = model.get_submodule(name.rpartition(".")[0])
     if isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer):
         raise ValueError(
-            f"'{name}' belongs to {type(parent).__name__}, which reads the weight of its linears without calling them, "
-            f"so that experts there would have no effect. Exclude it with exclude_modules=['{name}']."
+            f"'{name}' belongs to {type(parent).__name__}, which reads the weight of its linears without calling "
+            f"them, so that experts there would have no effect. Exclude it with exclude_modules=['{name}']."
         )

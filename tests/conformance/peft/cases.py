@@ -14,6 +14,12 @@ from peft_moe import MoCLEConfig, MoExtendConfig, MoLEConfig
 from peft_moe.tuners.mocle.config import RELEASED_CODE
 
 
+class Selection:
+    """What is collected: to name thousands of tests that are then left out takes longer than to run the others."""
+
+    is_short_run = False
+
+
 @dataclass(frozen=True)
 class Case:
     """A configuration.

@@ -6,17 +6,8 @@ import re
 
 import pytest
 
-from conformance.peft import expectations
-from conformance.peft.report import (
-    CONTROL,
-    LEFT_OUT_PROPERTY,
-    PROPERTY,
-    Result,
-    by_frequency,
-    failures_of_ours_alone,
-    table,
-)
-from conformance.peft.selection import Selection
+from conformance.peft import cases, expectations
+from conformance.peft.report import CONTROL, PROPERTY, Result, failures_of_ours_alone, table
 from upstream.fetch import sdist_tests
 
 
@@ -28,7 +19,7 @@ def pytest_ignore_collect(collection_path, config) -> bool | None:
 def pytest_configure(config) -> None:
     """Makes the markers of the tests known, which have no effect here."""
     config.addinivalue_line("markers", "peft_tests(suite, test, row): one of PEFT's own tests with a configuration")
-    Selection.is_short_run = "not exhaustive" in config.getoption("markexpr")
+    cases.Selection.is_short_run = "not exhaustive" in config.getoption("markexpr")
     try:
         sources = (sdist_tests("peft") / "tests").glob("test*.py")
     except RuntimeError:
@@ -72,21 +63,15 @@ def pytest_runtest_makereport(item, call):
 
 def pytest_terminal_summary(terminalreporter) -> None:
     """Counts the outcomes, in whichever process the tests ran."""
-    results, reasons = [], []
+    results = []
     for status, reports in terminalreporter.stats.items():
         for report in reports:
             for name, value in getattr(report, "user_properties", []):
                 if name == PROPERTY and status in ("passed", "failed", "error", "skipped", "xfailed"):
                     status_of_test = "failed" if status == "error" else status
                     results.append(Result(*value, status_of_test, getattr(report, "wasxfail", "")))
-                elif name == LEFT_OUT_PROPERTY and status == "passed" and report.when == "call":
-                    reasons += value
     write = terminalreporter.write_line
     if results:
         terminalreporter.section(f"PEFT's own tests, with {CONTROL} as the control")
         for line in (*table(results), *failures_of_ours_alone(results)):
-            write(line)
-    if reasons:
-        write(f"Tests that are left out, with every configuration: {len(reasons)}")
-        for line in by_frequency(reasons):
             write(line)

@@ -1,4 +1,4 @@
-"""The table of what PEFT's tests gave: one line per suite and configuration of ours, LoRA on the same models beside it."""
+"""The table of what PEFT's tests gave: one line per suite and configuration of ours, LoRA beside it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ CONTROL = "lora"
 STATUSES = ("passed", "failed", "skipped", "xfailed")
 # the name under which a test keeps (suite, key, case) among its properties
 PROPERTY = "peft-tests"
-# and that under which one test keeps the reasons of all that are left out
-LEFT_OUT_PROPERTY = "peft-tests-left-out"
 
 
 @dataclass(frozen=True)
@@ -70,13 +68,8 @@ def failures_of_ours_alone(results: Iterable[Result]) -> list[str]:
         f"Failures that the control lacks: {len(failed) or 'none'}",
         *(f"  {result.suite}: {result.key} with {result.case}" for result in failed),
         f"Expected failures that the control lacks: {len(expected) or 'none'}",
-        *by_frequency(result.reason for result in expected),
+        *(f"  {n:4}  {reason}" for reason, n in Counter(result.reason for result in expected).most_common()),
     ]
-
-
-def by_frequency(reasons: Iterable[str]) -> list[str]:
-    """Each reason with how often it is given."""
-    return [f"  {count:4}  {reason}" for reason, count in Counter(reasons).most_common()]
 
 
 def _counts(counter: Counter[str]) -> str:

@@ -1,4 +1,4 @@
-"""PEFT's test classes with our configurations in their parameters. Nothing of them is copied: methods are inherited."""
+"""PEFT's test classes with our configurations in their parameters. Nothing is copied: methods are inherited."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ import peft
 import pytest
 import torch
 
-from conformance.peft import cases, left_out
+from conformance.peft import cases, expectations
 from conformance.peft.cases import Row
-from conformance.peft.selection import Selection
 from conformance.peft.tiny_checkpoints import MODELS, CustomModels, TakesClusterIds, hub_cache
 
 
@@ -72,15 +71,6 @@ class Suite:
                 own_name = f"Test{self.name.title().replace('_', '')}{kind.__name__.removeprefix('Test')}"
                 yield type(own_name, (_WithCase, kind), members)
 
-    def left_out(self) -> Iterator[tuple[str, str | None]]:
-        """`Class.test` of every test that runs with no configuration, and the reason."""
-        for kind in self._kinds():
-            for test in dir(kind):
-                if test.startswith("test") and inspect.isfunction(inspect.getattr_static(kind, test)):
-                    reason = left_out.reason_for(self.name, kind.__name__, test)
-                    if reason is not None or self._parameters(kind, test) is None:
-                        yield f"{kind.__name__}.{test}", reason
-
     @property
     def _source(self) -> Any:
         return importlib.import_module("conformance.peft.peft_tests").module(self.module)
@@ -93,7 +83,7 @@ class Suite:
     def _adapted(self, kind: type, name: str) -> Callable[..., Any] | None:
         """A copy of a test with our parameters; `None` if it is left out."""
         test = inspect.getattr_static(kind, name)
-        if not inspect.isfunction(test) or left_out.reason_for(self.name, kind.__name__, name) is not None:
+        if not inspect.isfunction(test) or not expectations.is_run(self.name, kind.__name__, name):
             return None
         parameters = self._parameters(kind, name)
         if parameters is None:
@@ -132,7 +122,7 @@ class Suite:
             marks = [pytest.mark.peft_tests(self.name, test.__name__, row)]
             if not row.is_in_short_run:
                 marks.append(pytest.mark.exhaustive)
-            if row.is_in_short_run or not Selection.is_short_run:
+            if row.is_in_short_run or not cases.Selection.is_short_run:
                 chosen.append(pytest.param(*row.values, id=row.id, marks=marks))
         names = ",".join(parameters.names)
         parametrize = pytest.mark.parametrize(names, chosen, indirect=parameters.is_indirect)
@@ -185,7 +175,7 @@ class _WithCase:
 
     @pytest.fixture(autouse=True)
     def peft_case(self, request: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-        """The configuration of the test. What takes LoRA's place has to be used, or the test would say nothing of it."""
+        """The configuration of the test. What takes LoRA's place has to be used, or nothing was tested."""
         row: Row = request.node.get_closest_marker("peft_tests").args[2]
         loader = getattr(self, "transformers_class", None)
         if getattr(loader, "__name__", "") == "MockTransformerWrapper":

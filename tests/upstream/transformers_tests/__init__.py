@@ -1,4 +1,4 @@
-"""transformers' shared tests as a package: `from upstream.transformers_tests.test_modeling_common import ModelTesterMixin`.
+"""transformers' shared tests as a package: `from upstream.transformers_tests.test_modeling_common import ...`.
 
 Its modules are those of the source distribution of the installed version. What the distribution lacks comes from
 `upstream.stand_ins`. Importing it raises `RuntimeError` where the distribution is not in the cache.

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import torch
 
-from ..backend import Backend
-from ..case import Case
-from ..function import Needs, differentiable
+from ..call import Call, Gradients, Needs, differentiable
 from ..plan import DispatchPlan
+from . import Backend, Case
 
 
 MAX_COPIED_ELEMENTS = 2**28
@@ -50,22 +49,14 @@ def weighted(projected_BSC: torch.Tensor, weights_BK: torch.Tensor | None) -> to
     return (projected_BSC * weights_B1C).to(projected_BSC.dtype)
 
 
-def forward(
-    x_TD: torch.Tensor,
-    base_TO: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    weights_BK: torch.Tensor | None,
-    plan: DispatchPlan,
-    scaling: float,
-    inplace: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """Two batched products with the example as the batch."""
-    projected_BSC = torch.bmm(by_example(x_TD, plan), chosen(A, plan).transpose(1, 2))
-    base_BSO = by_example(base_TO, plan)
-    add = base_BSO.baddbmm_ if inplace else base_BSO.baddbmm
-    out_BSO = add(weighted(projected_BSC, weights_BK), chosen(B, plan), alpha=scaling)
-    return base_TO if inplace else out_BSO.view(base_TO.shape), projected_BSC
+    plan = call.plan
+    projected_BSC = torch.bmm(by_example(call.x, plan), chosen(call.A, plan).transpose(1, 2))
+    base_BSO = by_example(call.base, plan)
+    add = base_BSO.baddbmm_ if call.inplace else base_BSO.baddbmm
+    out_BSO = add(weighted(projected_BSC, call.weights), chosen(call.B, plan), alpha=call.scaling)
+    return call.base if call.inplace else out_BSO.view(call.base.shape), projected_BSC
 
 
 def per_expert(rows_BCW: torch.Tensor, plan: DispatchPlan, like: torch.Tensor) -> torch.Tensor:
@@ -74,33 +65,24 @@ def per_expert(rows_BCW: torch.Tensor, plan: DispatchPlan, like: torch.Tensor) -
     return torch.zeros_like(like).index_add_(0, plan.example_index.reshape(-1), rows_NRW)
 
 
-def backward(
-    grad_TO: torch.Tensor,
-    x_TD: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    weights_BK: torch.Tensor | None,
-    projected_BSC: torch.Tensor,
-    plan: DispatchPlan,
-    scaling: float,
-    needs: Needs,
-) -> tuple[torch.Tensor | None, ...]:
+def backward(grad_TO: torch.Tensor, call: Call, projected_BSC: torch.Tensor, needs: Needs) -> Gradients:
     """As `plain`, batched over examples, with the gradients of the copies summed per expert."""
+    A, B, plan, weights_BK = call.A, call.B, call.plan, call.weights
     grad_x = grad_A = grad_B = grad_weights = None
     grad_BSO = by_example(grad_TO, plan)
     if needs.B:
-        scaled_BCS = (weighted(projected_BSC, weights_BK) * scaling).transpose(1, 2)
+        scaled_BCS = (weighted(projected_BSC, weights_BK) * call.scaling).transpose(1, 2)
         grad_B = per_expert(torch.bmm(scaled_BCS, grad_BSO), plan, B)
-    if needs.hidden_states or needs.A or needs.top_k_weights:
-        grad_projected_BSC = torch.bmm(grad_BSO, chosen(B, plan).transpose(1, 2)) * scaling
-        if needs.top_k_weights and weights_BK is not None:
+    if needs.x or needs.A or needs.weights:
+        grad_projected_BSC = torch.bmm(grad_BSO, chosen(B, plan).transpose(1, 2)) * call.scaling
+        if needs.weights and weights_BK is not None:
             product_BSC = projected_BSC.to(weights_BK.dtype) * grad_projected_BSC
             product_BSKR = product_BSC.view(*product_BSC.shape[:2], plan.top_k, B.shape[1])
             grad_weights = product_BSKR.sum(dim=(1, 3)).to(weights_BK.dtype)
         grad_projected_BSC = weighted(grad_projected_BSC, weights_BK)
         if needs.A:
-            grad_A = per_expert(torch.bmm(grad_projected_BSC.transpose(1, 2), by_example(x_TD, plan)), plan, A)
-        if needs.hidden_states:
+            grad_A = per_expert(torch.bmm(grad_projected_BSC.transpose(1, 2), by_example(call.x, plan)), plan, A)
+        if needs.x:
             grad_x = torch.bmm(grad_projected_BSC, chosen(A, plan)).view(grad_TO.shape[0], A.shape[2])
     return grad_x, grad_A, grad_B, grad_weights
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..backend import Backend
-from ..case import Case
-from ..function import Needs, differentiable
+from ..call import Call, Gradients, Needs, differentiable
 from ..plan import DispatchPlan
+from . import Backend, Case
 
 
 STRIDE_BYTES = 16
@@ -29,10 +28,7 @@ def supports(case: Case) -> tuple[bool, str]:
     widths = {"in_features": case.in_features, "out_features": case.out_features, "rank": case.rank}
     odd = [f"{name}={width}" for name, width in widths.items() if width % multiple]
     if odd:
-        return (
-            False,
-            f"torch's grouped_mm needs widths that are multiples of {multiple} in {case.dtype}, but {odd} are not",
-        )
+        return False, f"torch's grouped_mm needs multiples of {multiple} in {case.dtype}, but {odd} are not"
     return True, "dtype and widths fit"
 
 
@@ -42,11 +38,11 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.data_ptr() % STRIDE_BYTES == 0 else tensor.clone()
 
 
-def row_weights(plan: DispatchPlan, weights_TK: torch.Tensor | None, scaling: float) -> torch.Tensor | float:
+def row_weights(call: Call) -> torch.Tensor | float:
     """Weight times scaling in the order of rows, `(N, 1)`; the bare scaling where every weight is 1."""
-    if weights_TK is None:
-        return scaling
-    return weights_TK.reshape(-1).index_select(0, plan.pair_of_row).unsqueeze(1) * scaling
+    if call.weights is None:
+        return call.scaling
+    return call.weights.reshape(-1).index_select(0, call.plan.pair_of_row).unsqueeze(1) * call.scaling
 
 
 def combined(rows_NW: torch.Tensor, plan: DispatchPlan, onto_TW: torch.Tensor | None) -> torch.Tensor:
@@ -62,65 +58,43 @@ def combined(rows_NW: torch.Tensor, plan: DispatchPlan, onto_TW: torch.Tensor | 
     return onto_TW
 
 
-def forward(
-    x_TD: torch.Tensor,
-    base_TO: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    weights_TK: torch.Tensor | None,
-    plan: DispatchPlan,
-    scaling: float,
-    inplace: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """Gather, grouped shrink, weigh, grouped expand, combine."""
-    out_TO = base_TO if inplace else base_TO.clone()
+    x_TD, A, B, plan = call.x, call.A, call.B, call.plan
+    out_TO = call.base if call.inplace else call.base.clone()
     if x_TD.shape[0] == 0:
         return out_TO, x_TD.new_empty(0, A.shape[1])
     x_ND = x_TD.index_select(0, plan.token_of_row)
     projected_NR = F.grouped_mm(x_ND, aligned(A).transpose(1, 2), offs=plan.row_ends)
-    weighted_NR = (projected_NR * row_weights(plan, weights_TK, scaling)).to(x_TD.dtype)
+    weighted_NR = (projected_NR * row_weights(call)).to(x_TD.dtype)
     return combined(F.grouped_mm(weighted_NR, aligned(B), offs=plan.row_ends), plan, out_TO), projected_NR
 
 
-def backward(
-    grad_TO: torch.Tensor,
-    x_TD: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    weights_TK: torch.Tensor | None,
-    projected_NR: torch.Tensor,
-    plan: DispatchPlan,
-    scaling: float,
-    needs: Needs,
-) -> tuple[torch.Tensor | None, ...]:
+def backward(grad_TO: torch.Tensor, call: Call, projected_NR: torch.Tensor, needs: Needs) -> Gradients:
     """The same products transposed; the derivative of torch's own would refuse an expanded gradient."""
+    A, B, plan, weights_TK = call.A, call.B, call.plan, call.weights
     if grad_TO.shape[0] == 0:
-        return tuple(torch.zeros_like(t) if t is not None else None for t in zero_gradients(grad_TO, A, B, weights_TK))
+        empty = (grad_TO.new_empty(0, A.shape[2]), A, B, weights_TK)
+        return tuple(None if like is None else torch.zeros_like(like) for like in empty)
     grad_x = grad_A = grad_B = grad_weights = None
-    weights = row_weights(plan, weights_TK, scaling)
+    weights_N1 = row_weights(call)
     grad_NO = grad_TO.index_select(0, plan.token_of_row)
     if needs.B:
-        weighted_NR = (projected_NR * weights).to(grad_TO.dtype)
+        weighted_NR = (projected_NR * weights_N1).to(grad_TO.dtype)
         grad_B = F.grouped_mm(weighted_NR.t(), grad_NO, offs=plan.row_ends)
-    if needs.hidden_states or needs.A or needs.top_k_weights:
+    if needs.x or needs.A or needs.weights:
         grad_projected_NR = F.grouped_mm(grad_NO, aligned(B).transpose(1, 2), offs=plan.row_ends)
         del grad_NO
-        if needs.top_k_weights and weights_TK is not None:
-            grad_rows_N = (projected_NR.to(weights_TK.dtype) * grad_projected_NR).sum(-1).mul_(scaling)
+        if needs.weights and weights_TK is not None:
+            grad_rows_N = (projected_NR.to(weights_TK.dtype) * grad_projected_NR).sum(-1).mul_(call.scaling)
             grad_weights = grad_rows_N[plan.row_of_pair].to(weights_TK.dtype)
-        grad_projected_NR = (grad_projected_NR * weights).to(grad_TO.dtype)
+        grad_projected_NR = (grad_projected_NR * weights_N1).to(grad_TO.dtype)
         if needs.A:
-            grad_A = F.grouped_mm(grad_projected_NR.t(), x_TD.index_select(0, plan.token_of_row), offs=plan.row_ends)
-        if needs.hidden_states:
+            x_ND = call.x.index_select(0, plan.token_of_row)
+            grad_A = F.grouped_mm(grad_projected_NR.t(), x_ND, offs=plan.row_ends)
+        if needs.x:
             grad_x = combined(F.grouped_mm(grad_projected_NR, aligned(A), offs=plan.row_ends), plan, None)
     return grad_x, grad_A, grad_B, grad_weights
-
-
-def zero_gradients(
-    grad_TO: torch.Tensor, A: torch.Tensor, B: torch.Tensor, weights_TK: torch.Tensor | None
-) -> tuple[torch.Tensor | None, ...]:
-    """Tensors with the shapes of the gradients, for the call without tokens."""
-    return grad_TO.new_empty(0, A.shape[2]), A, B, weights_TK
 
 
 BACKEND = Backend(

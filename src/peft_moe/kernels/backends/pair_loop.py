@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from ..backend import Backend
-from ..case import Case
-from ..function import differentiable
-from ..plan import DispatchPlan, per_token
+from ..call import Call, differentiable
+from ..plan import per_token
+from . import Backend, Case
 from .gather import backward
 
 
@@ -21,35 +20,23 @@ MAX_PAIRS = 64
 def supports(case: Case) -> tuple[bool, str]:
     """Only a few pairs, and only on the CPU, because the chosen experts are read by the host."""
     if case.device != "cpu":
-        return (
-            False,
-            f"it reads the chosen experts on the host and is for 'cpu', but the tensors are on {case.device!r}",
-        )
-    pairs = case.num_tokens * max(case.top_k, 1)
-    if pairs > MAX_PAIRS:
-        return False, f"it is for at most {MAX_PAIRS} (token, expert) pairs, but there are {pairs}"
-    return True, f"{pairs} pairs on the CPU"
+        return False, f"it reads the experts on the host and is for 'cpu', but the tensors are on {case.device!r}"
+    if case.num_pairs > MAX_PAIRS:
+        return False, f"it is for at most {MAX_PAIRS} (token, expert) pairs, but there are {case.num_pairs}"
+    return True, f"{case.num_pairs} pairs on the CPU"
 
 
-def forward(
-    x_TD: torch.Tensor,
-    base_TO: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    weights_BK: torch.Tensor | None,
-    plan: DispatchPlan,
-    scaling: float,
-    inplace: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight and scaling are applied inside of the second product."""
-    out_TO = base_TO if inplace else base_TO.clone()
-    weights = None if weights_BK is None else per_token(weights_BK, plan.tokens_per_example).tolist()
+    A, B, plan, scaling = call.A, call.B, call.plan, call.scaling
+    out_TO = call.base if call.inplace else call.base.clone()
+    weights = None if call.weights is None else per_token(call.weights, plan.tokens_per_example).tolist()
     num_tokens, top_k = plan.num_tokens, plan.top_k
     projected_N1R = A.new_empty(num_tokens * top_k, 1, A.shape[1])
     columns = iter(projected_N1R.unbind(0))
     for token, experts in enumerate(plan.top_k_index.tolist()):
         # a slice costs as much as a small product, and decoding has one token
-        x, out = (x_TD, out_TO) if num_tokens == 1 else (x_TD[token : token + 1], out_TO[token : token + 1])
+        x, out = (call.x, out_TO) if num_tokens == 1 else (call.x[token : token + 1], out_TO[token : token + 1])
         for slot, (expert, h) in enumerate(zip(experts, columns)):
             torch.mm(x, A[expert].t(), out=h)
             out.addmm_(h, B[expert], alpha=scaling if weights is None else scaling * weights[token][slot])

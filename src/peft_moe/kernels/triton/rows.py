@@ -1,4 +1,4 @@
-"""The order in which the programs see the (token, slot) pairs of a plan."""
+"""The order in which the programs see the (token, slot) pairs of a plan, and of FFN experts; what launchers are given."""
 
 from __future__ import annotations
 
@@ -7,6 +7,14 @@ from typing import NamedTuple
 import torch
 
 from ..plan import DispatchPlan
+from .tiles import Tiles, launch, next_power_of_two
+
+
+# choices times experts that a program of the sort compares at once
+SORT_TILE = 2048
+# programs for each slot, where there are as many experts
+SORT_PROGRAMS = 32
+SORT_WARPS = 8
 
 
 class Sorted(NamedTuple):
@@ -51,6 +59,49 @@ class Rows(NamedTuple):
         return self.num_examples * self.tokens_per_example
 
 
+class Order(NamedTuple):
+    """The pairs of token and FFN expert, sorted by expert.
+
+    Args:
+        index_TK (`torch.Tensor` of shape `(T, K)`, int64): the experts of each token.
+        pair_of_row (`torch.Tensor` of shape `(N,)`, int32): row → t·K + k.
+        segment_end (`torch.Tensor` of shape `(E,)` or `(E + 1,)`, int32):
+            Where the rows of each expert end; experts of other processes are a further one.
+    """
+
+    index_TK: torch.Tensor
+    pair_of_row: torch.Tensor
+    segment_end: torch.Tensor
+
+    @property
+    def top_k(self) -> int:
+        """K."""
+        return self.index_TK.shape[1]
+
+    @property
+    def num_pairs(self) -> int:
+        """N = T·K."""
+        return self.index_TK.numel()
+
+    def has_sentinel(self, num_experts: int) -> bool:
+        """Whether pairs may name an expert of another process."""
+        return self.segment_end.shape[0] > num_experts
+
+
+class Wanted(NamedTuple):
+    """What backward needs from between the linears: `du` `(N, U)` and `w h` `(N, F)` by row, `h · g` `(N,)` by pair."""
+
+    grad_inner: bool
+    weighted: bool
+    dots: bool
+
+
+def order_of(top_k_index: torch.Tensor, num_experts: int) -> Order:
+    """Sort a choice of FFN experts on the device, without waiting for it."""
+    index_TK = top_k_index.long().contiguous()
+    return Order(index_TK, *sort(index_TK.view(-1, 1), 1, num_experts))
+
+
 def rows_of(plan: DispatchPlan, *, is_sorted: bool) -> Rows:
     """The rows of a plan. A sort is kept on the plan, for the other linears and for backward."""
     index_BK = plan.example_index.contiguous()
@@ -65,16 +116,34 @@ def sort(index_BK: torch.Tensor, tokens_per_example: int, num_experts: int) -> S
     """Sort on the device, without waiting for it; compilers see one operation."""
     if torch.compiler.is_compiling():
         return Sorted(*sort_op(index_BK, tokens_per_example, num_experts))
-    from .launch.sort import run_sort
-
     return Sorted(*run_sort(index_BK, tokens_per_example, num_experts))
+
+
+def sort_blocks(num_experts: int) -> tuple[Tiles, dict[str, int]]:
+    """Choices per step and experts per program: all of few experts side by side, many in groups that read less."""
+    experts = max(next_power_of_two(num_experts) // SORT_PROGRAMS, 1)
+    tiles = Tiles(max(SORT_TILE // experts, 64), experts, SORT_WARPS, 3)
+    return tiles, {"BLOCK_T": tiles.rows, "BLOCK_E": tiles.columns}
+
+
+def run_sort(index_BK: torch.Tensor, tokens_per_example: int, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`token_of_row (N,)` and `segment_end (K·E,)` of a contiguous choice, both int32, in one launch."""
+    from .programs.sort import sort_by_expert  # needs the package triton
+
+    num_examples, top_k = index_BK.shape
+    num_tokens = num_examples * tokens_per_example
+    token_of_row = index_BK.new_empty(num_tokens * top_k, dtype=torch.int32)
+    segment_end = index_BK.new_empty(num_experts * top_k, dtype=torch.int32)
+    tiles, sizes = sort_blocks(num_experts)
+    facts = {"index": index_BK, "token_of_row": token_of_row, "segment_end": segment_end, "num_tokens": num_tokens}
+    facts |= {"tokens_per_example": tokens_per_example, "E": num_experts, "K": top_k, **sizes}
+    launch(sort_by_expert, (-(-num_experts // tiles.columns), top_k), tiles, index_BK, facts)
+    return token_of_row, segment_end
 
 
 @torch.library.custom_op("peft_moe::triton_sort", mutates_args=())
 def sort_op(index_BK: torch.Tensor, tokens_per_example: int, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The tensors of [`Sorted`]."""
-    from .launch.sort import run_sort
-
     return run_sort(index_BK, tokens_per_example, num_experts)
 
 

@@ -1,4 +1,4 @@
-"""Tile sizes: how much of a tensor a program takes at once, and how it is compiled."""
+"""Tile sizes: how much of a tensor a program takes at once; and how a program is compiled and started."""
 
 from __future__ import annotations
 
@@ -30,6 +30,15 @@ def options(tiles: Tiles) -> dict[str, int]:
     """How a program is compiled for the device at hand."""
     stages = min(tiles.stages, MAX_HIP_STAGES) if torch.version.hip else tiles.stages
     return {"num_warps": tiles.warps, "num_stages": stages}
+
+
+def launch(program: Any, grid: tuple[int, ...], tiles: Tiles, on: torch.Tensor, facts: dict[str, Any]) -> None:
+    """Start a program, whose arguments are found in `facts` by their names.
+
+    Triton starts programs on the current device, wherever the tensors are, hence `on`; in the interpreter it does nothing.
+    """
+    with torch.cuda.device_of(on):  # type: ignore[no-untyped-call]
+        program[grid](*(facts[name] for name in program.arg_names), **options(tiles))
 
 
 def next_power_of_two(number: int) -> int:

@@ -8,9 +8,9 @@ import evaluate
 
 DESCRIPTION = """
 POPE asks "Is there a <object> in the image?" (Li et al., https://arxiv.org/abs/2305.10355) and scores the answers as a
-binary classification in which "yes" is positive. An answer is read as yes or no from its first word, else from the only
-one of the two that its first sentence contains ("not" means no). What is neither is wrong, counts as no "yes", and is
-reported; the released script reads it as "yes".
+binary classification in which "yes" is positive. An answer is read as yes or no from its first word, else from the
+only one of the two that its first sentence contains ("not" means no). What is neither is wrong, counts as no "yes",
+and is reported; the released script reads it as "yes".
 """
 
 CITATION = """

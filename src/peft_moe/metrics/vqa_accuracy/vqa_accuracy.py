@@ -8,16 +8,17 @@ import evaluate
 
 DESCRIPTION = """
 Accuracy of visual question answering (Antol et al., https://arxiv.org/abs/1505.00468). With several human answers to a
-question, an answer counts min(number of humans who gave it / 3, 1); as in the official evaluation, this is averaged over
-all ways to leave one human out. With one reference it is exact match. Answers are always normalised as in the official
-evaluation (VQAv2, TextVQA): case, punctuation, articles, number words and missing apostrophes do not count. The script of
-VQAv2 skips that where all humans wrote the same; here it is done there too.
+question, an answer counts min(number of humans who gave it / 3, 1); as in the official evaluation, this is averaged
+over all ways to leave one human out. With one reference it is exact match. Answers are always normalised as in the
+official evaluation (VQAv2, TextVQA): case, punctuation, articles, number words and missing apostrophes do not count.
+The script of VQAv2 skips that where all humans wrote the same; here it is done there too.
 """
 
 CITATION = """
 @inproceedings{antol2015vqa,
   title={{VQA}: Visual Question Answering},
-  author={Antol, Stanislaw and Agrawal, Aishwarya and Lu, Jiasen and Mitchell, Margaret and Batra, Dhruv and Zitnick, C.
+  author={Antol, Stanislaw and Agrawal, Aishwarya and Lu, Jiasen and Mitchell, Margaret and Batra, Dhruv and Zitnick,
+  C.
           Lawrence and Parikh, Devi},
   booktitle={ICCV},
   year={2015}
@@ -28,8 +29,8 @@ INPUTS = """
 Args:
     predictions: list of generated answers (str).
     references: for each question its human answers (list of str; VQAv2 has ten), or its one right answer (str).
-    leave_one_out: average over all ways to leave one human out (bool, default True, the official evaluation); False takes
-        min(humans / 3, 1) over all of them. Without effect on questions with one reference.
+    leave_one_out: average over all ways to leave one human out (bool, default True, the official evaluation);
+        False takes min(humans / 3, 1) over all of them. Without effect on questions with one reference.
 Returns:
     vqa_accuracy: mean over questions, in [0, 1].
 """
@@ -46,9 +47,9 @@ ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't had
 how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock
 oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd
 someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've there're there's
-they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's where'd
-where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll
-y'all'd've you'd you'd've you'll you're you've
+they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's
+where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've
+y'all y'all'll y'all'd've you'd you'd've you'll you're you've
 """
 
 

@@ -1,23 +1,19 @@
 """`MoeLlavaConfig`: a LLaVA configuration, and what is sparse about the model."""
 
 import copy
-from typing import Any
+import math
+from typing import Any, Literal
 
+from huggingface_hub.dataclasses import strict
 from transformers import LlavaConfig
 
 
-PLACEMENTS = ("interval", "all", "first_half", "second_half")
-CHOICES = {
-    "router_drop": (None, "position", "probability"),
-    "router_second_expert": ("top", "gumbel"),
-    "router_aux_loss_type": ("switch", "pooled", "moe_llava"),
-}
 # trainers of others (trl) look for these on the configuration of the text model, and change them there
 ON_TEXT_CONFIG = ("num_experts", "num_experts_per_tok", "router_aux_loss_coef", "output_router_logits")
 CHANGED_BY_TRAINERS = ("router_aux_loss_coef", "output_router_logits")
-FLAGS = ("norm_topk_prob", "use_residual", "output_router_logits", "lm_head_bias")
 
 
+@strict
 class MoeLlavaConfig(LlavaConfig):
     """Configuration of a [`MoeLlavaForConditionalGeneration`]: LLaVA with mixtures of experts in its language model.
 
@@ -43,29 +39,29 @@ class MoeLlavaConfig(LlavaConfig):
         router_drop (`"position"`, `"probability"` or `None`):
             Whether experts have a limited capacity, and which tokens an overfull expert drops: the last ones of the
             batch (released code) or the least probable ones (paper: batch priority routing). By default nothing is
-            dropped. A dropped choice has weight 0, and what a token gets depends on the rest of the batch; nothing is saved
-            by it, this is for parity with the original.
+            dropped. A dropped choice has weight 0, and what a token gets depends on the rest of the batch; nothing is
+            saved by it, this is for parity with the original.
         router_capacity_factor (`float`), router_eval_capacity_factor (`float`):
             An expert accepts `ceil(K · factor · tokens / E)` choices, in training and in evaluation. Without effect
             unless `router_drop` is set. Released scripts: 1.5 and 2.0, where the latter drops nothing if K = 2, E = 4.
         router_min_capacity (`int`):
             It accepts at least this many.
         router_second_expert (`"top"` or `"gumbel"`):
-            Where K = 2, take the second best expert, or in training sample it by adding Gumbel noise to the logits. The
-            released code samples in evaluation too; here evaluation is always deterministic.
+            Where K = 2, take the second best expert, or in training sample it by adding Gumbel noise to the logits.
+            The released code samples in evaluation too; here evaluation is always deterministic.
         router_jitter_noise (`float`):
             In training, multiply the router's input by a uniform draw from 1 ± this.
         router_aux_loss_coef (`float`):
             Weight of the load-balancing loss, which is part of the loss in training, and in evaluation where
             `output_router_logits` is set. 0 turns it off.
         router_aux_loss_type (`"switch"`, `"pooled"` or `"moe_llava"`):
-            Its form, see `load_balancing_loss`. With `"moe_llava"` (released code) it is a sum over layers, so that the
-            same coefficient weighs more than with the others.
+            Its form, see `load_balancing_loss`. With `"moe_llava"` (released code) it is a sum over layers, so that
+            the same coefficient weighs more than with the others.
         router_z_loss_coef (`float`):
             Weight of the router z-loss. 0 turns it off.
         output_router_logits (`bool`):
-            Return the logits of every router. This field and `router_aux_loss_coef` are set on `text_config` too, where
-            trl's trainers read and change them; the values there count.
+            Return the logits of every router. This field and `router_aux_loss_coef` are set on `text_config` too,
+            where trl's trainers read and change them; the values there count.
         lm_head_bias (`bool`):
             Whether the language-model head has a bias (original checkpoints on Phi).
 
@@ -81,26 +77,27 @@ class MoeLlavaConfig(LlavaConfig):
     ```
 
     Raises:
-        ValueError: one or more fields do not make sense; all of them are named.
+        StrictDataclassFieldValidationError: a field has a value of another type, or none of its choices.
+        ValueError: numbers out of their range, or fields that do not go together; all of them are named.
     """
 
     model_type = "moe_llava"
     keys_to_ignore_at_inference = ["past_key_values", "aux_loss", "z_loss", "router_logits"]
 
-    moe_layers: str | list[int] = "interval"
-    num_experts: int | list[int] = 4
+    moe_layers: Literal["interval", "all", "first_half", "second_half"] | list[int] | tuple[int, ...] = "interval"
+    num_experts: int | list[int] | tuple[int, ...] = 4
     num_experts_per_tok: int = 2
     norm_topk_prob: bool = True
     use_residual: bool = False
-    router_drop: str | None = None
-    router_capacity_factor: float = 1.5
-    router_eval_capacity_factor: float = 2.0
+    router_drop: Literal["position", "probability"] | None = None
+    router_capacity_factor: float | int = 1.5
+    router_eval_capacity_factor: float | int = 2.0
     router_min_capacity: int = 0
-    router_second_expert: str = "top"
-    router_jitter_noise: float = 0.0
-    router_aux_loss_coef: float = 0.01
-    router_aux_loss_type: str = "switch"
-    router_z_loss_coef: float = 0.0
+    router_second_expert: Literal["top", "gumbel"] = "top"
+    router_jitter_noise: float | int = 0.0
+    router_aux_loss_coef: float | int = 0.01
+    router_aux_loss_type: Literal["switch", "pooled", "moe_llava"] = "switch"
+    router_z_loss_coef: float | int = 0.0
     output_router_logits: bool = False
     lm_head_bias: bool = False
 
@@ -159,7 +156,7 @@ class MoeLlavaConfig(LlavaConfig):
 
     @classmethod
     def released_code(cls, **overrides: Any) -> "MoeLlavaConfig":
-        """The routing of the released training scripts: capacity 1.5 by position, summed loss, sampled second of two."""
+        """The routing of the released scripts: capacity 1.5 by position, summed loss, sampled second of two."""
         top_k = overrides.get("num_experts_per_tok", cls.num_experts_per_tok)
         settings = {
             "norm_topk_prob": top_k != 1,
@@ -171,56 +168,45 @@ class MoeLlavaConfig(LlavaConfig):
         return cls(**{**settings, **overrides})
 
     def check_moe_fields(self) -> None:
-        """Raise one `ValueError` that names everything wrong with the fields that this class adds."""
-        problems = self._placement_problems() + self._count_problems() + self._router_problems()
+        """Raise one `ValueError` that names every number out of its range and all fields that do not go together."""
+        problems = self._placement_problems() + self._count_problems() + self._range_problems()
         if problems:
             raise ValueError("MoeLlavaConfig cannot be used:\n" + "\n".join(f"- {problem}" for problem in problems))
 
     def _placement_problems(self) -> list[str]:
-        num_layers = self.text_config.num_hidden_layers
-        if isinstance(self.moe_layers, str):
-            if self.moe_layers in PLACEMENTS:
-                return [] if self.moe_layer_indices else [f"moe_layers={self.moe_layers!r} selects no layer."]
-            allowed = ", ".join(map(repr, PLACEMENTS))
-            return [f"moe_layers must be one of {allowed}, or a list of layer indices, but is {self.moe_layers!r}."]
-        if not isinstance(self.moe_layers, list | tuple) or not all(_is_int(layer) for layer in self.moe_layers):
-            return [f"moe_layers must be a placement or a list of layer indices, but is {self.moe_layers!r}."]
+        layers, num_layers = self.moe_layer_indices, self.text_config.num_hidden_layers
         problems = []
-        if not self.moe_layers:
-            problems.append("moe_layers is empty, so that no layer would be a mixture. Name at least one layer.")
-        outside = [layer for layer in self.moe_layers if not 0 <= layer < num_layers]
-        if outside:
+        if not layers:
+            problems.append(f"moe_layers={self.moe_layers!r} selects no layer. Name at least one.")
+        if outside := [layer for layer in layers if not 0 <= layer < num_layers]:
             problems.append(f"moe_layers names {outside}, but the text model has layers 0 to {num_layers - 1}.")
-        if len(set(self.moe_layers)) < len(self.moe_layers):
-            problems.append(f"moe_layers names a layer twice: {list(self.moe_layers)}.")
+        if len(set(layers)) < len(layers):
+            problems.append(f"moe_layers names a layer twice: {layers}.")
         return problems
 
     def _count_problems(self) -> list[str]:
         problems = []
-        per_layer = isinstance(self.num_experts, list | tuple)
-        counts = list(self.num_experts) if per_layer else [self.num_experts]
-        if not all(_is_int(count) and count >= 1 for count in counts):
-            problems.append(
-                f"num_experts must be a whole number of at least 1, or a list, but is {self.num_experts!r}."
-            )
-            counts = []
-        elif per_layer and not self._placement_problems() and len(counts) != len(self.moe_layer_indices):
-            problems.append(
-                f"num_experts lists {len(counts)} numbers, but {len(self.moe_layer_indices)} layers are mixtures "
-                f"({self.moe_layer_indices}). Give one number for each of them, or one for all."
-            )
+        per_layer = not isinstance(self.num_experts, int)
+        counts, layers = list(self.num_experts) if per_layer else [self.num_experts], self.moe_layer_indices
         top_k = self.num_experts_per_tok
-        if not _is_int(top_k) or top_k < 1:
-            problems.append(f"num_experts_per_tok must be a whole number of at least 1, but is {top_k!r}.")
-        elif counts and top_k > min(counts):
+        if top_k < 1:
+            problems.append(f"num_experts_per_tok must be at least 1, but is {top_k}.")
+        if not counts or min(counts) < 1:
+            problems.append(f"num_experts must be at least 1, but is {self.num_experts}.")
+        elif top_k > min(counts):
             problems.append(
-                f"num_experts_per_tok is {top_k}, but a layer has only {min(counts)} experts. Lower num_experts_per_tok, "
-                "or add experts."
+                f"num_experts_per_tok is {top_k}, but a layer has only {min(counts)} experts. Lower "
+                "num_experts_per_tok, or add experts."
+            )
+        if per_layer and len(counts) != len(layers):
+            problems.append(
+                f"num_experts lists {len(counts)} numbers, but {len(layers)} layers are mixtures ({layers}). Give one "
+                "number for each of them, or one for all."
             )
         if self.router_second_expert == "gumbel" and top_k != 2:
             problems.append(
-                f"router_second_expert='gumbel' samples the second of two experts, but num_experts_per_tok is {top_k!r}. "
-                "Use 2, or router_second_expert='top'."
+                "router_second_expert='gumbel' samples the second of two experts, but num_experts_per_tok is "
+                f"{top_k}. Use 2, or router_second_expert='top'."
             )
         if self.router_aux_loss_type == "pooled" and len(set(counts)) > 1:
             problems.append(
@@ -229,42 +215,20 @@ class MoeLlavaConfig(LlavaConfig):
             )
         return problems
 
-    def _router_problems(self) -> list[str]:
-        problems = [
-            f"{name} must be one of {', '.join(map(repr, allowed))}, but is {getattr(self, name)!r}."
-            for name, allowed in CHOICES.items()
-            if getattr(self, name) not in allowed
+    def _range_problems(self) -> list[str]:
+        ranges = {
+            "router_aux_loss_coef": ("0 or more", lambda value: 0 <= value < math.inf),
+            "router_z_loss_coef": ("0 or more", lambda value: 0 <= value < math.inf),
+            "router_capacity_factor": ("more than 0", lambda value: 0 < value < math.inf),
+            "router_eval_capacity_factor": ("more than 0", lambda value: 0 < value < math.inf),
+            "router_min_capacity": ("0 or more", lambda value: value >= 0),
+            "router_jitter_noise": ("in [0, 1)", lambda value: 0 <= value < 1),
+        }
+        return [
+            f"{name} must be {words}, but is {getattr(self, name)}."
+            for name, (words, is_inside) in ranges.items()
+            if not is_inside(getattr(self, name))
         ]
-        problems += [
-            f"{name} must be True or False, but is {getattr(self, name)!r}."
-            for name in FLAGS
-            if not isinstance(getattr(self, name), bool)
-        ]
-        problems += [
-            f"{name} must be a number and not negative, but is {getattr(self, name)!r}."
-            for name in ("router_aux_loss_coef", "router_z_loss_coef")
-            if not _is_number(getattr(self, name)) or not 0 <= getattr(self, name) < float("inf")
-        ]
-        problems += [
-            f"{name} must be a positive number, but is {getattr(self, name)!r}."
-            for name in ("router_capacity_factor", "router_eval_capacity_factor")
-            if not _is_number(getattr(self, name)) or not 0 < getattr(self, name) < float("inf")
-        ]
-        if not _is_int(self.router_min_capacity) or self.router_min_capacity < 0:
-            problems.append(
-                f"router_min_capacity must be a whole number of at least 0, but is {self.router_min_capacity!r}."
-            )
-        if not _is_number(self.router_jitter_noise) or not 0 <= self.router_jitter_noise < 1:
-            problems.append(f"router_jitter_noise must be in [0, 1), but is {self.router_jitter_noise!r}.")
-        return problems
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 __all__ = ["MoeLlavaConfig"]

@@ -73,7 +73,7 @@ class DenseMlp:
         return next(getattr(self.module, name) for name in ACTIVATION_NAMES if hasattr(self.module, name))
 
     def expert_tensors(self) -> dict[str, torch.Tensor]:
-        """The weights in the layout of one expert: `gate_up_proj` `(2F, D)` or `up_proj` `(F, D)`, `down_proj` `(D, F)`."""
+        """The weights as those of one expert: `gate_up_proj` `(2F, D)` or `up_proj` `(F, D)`, `down_proj` `(D, F)`."""
         inputs = [name for name in (self.gate, self.up) if name is not None]
         first = "gate_up_proj" if self.has_gate else "up_proj"
         parts = {first: [self._linear(name) for name in inputs], "down_proj": [self._linear(self.down)]}
@@ -100,7 +100,8 @@ def find_dense_mlp(decoder_layer: nn.Module, *, layer_name: str) -> DenseMlp:
     for name, module in decoder_layer.named_children():
         if any("experts" in child for child, _ in module.named_children()):
             raise ValueError(
-                f"{layer_name}.{name} is {type(module).__name__}, a mixture already. MoeLlava needs a dense text model."
+                f"{layer_name}.{name} is {type(module).__name__}, a mixture already. MoeLlava needs a dense text "
+                "model."
             )
         linear_names = {child for child, part in module.named_modules() if isinstance(part, nn.Linear)}
         for gate, up, down in LINEAR_NAMES:
@@ -110,8 +111,8 @@ def find_dense_mlp(decoder_layer: nn.Module, *, layer_name: str) -> DenseMlp:
     found = ", ".join(f"{name} ({type(module).__name__})" for name, module in decoder_layer.named_children())
     known = "; ".join(" + ".join(filter(None, names)) for names in LINEAR_NAMES)
     raise ValueError(
-        f"{layer_name} has no MLP that can become experts. It consists of {found}. An MLP is recognised by its linears: "
-        f"{known}. Choose another text model, or leave this layer out of moe_layers."
+        f"{layer_name} has no MLP that can become experts. It consists of {found}. An MLP is recognised by its "
+        f"linears: {known}. Choose another text model, or leave this layer out of moe_layers."
     )
 
 
@@ -133,8 +134,8 @@ def _check_nothing_else_inside(module: nn.Module, linear_names: set[str], name: 
     if others or not has_activation:
         found = f"also has {', '.join(others)}" if others else f"has none of {', '.join(ACTIVATION_NAMES)}"
         raise ValueError(
-            f"{name} ({type(module).__name__}) {found}, so that experts made of its linears would compute something else. "
-            "Choose another text model, or leave this layer out of moe_layers."
+            f"{name} ({type(module).__name__}) {found}, so that experts made of its linears would compute something "
+            "else. Choose another text model, or leave this layer out of moe_layers."
         )
 
 

@@ -3,6 +3,7 @@
 import functools
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,22 +15,52 @@ from transformers import (
     LlavaPreTrainedModel,
     PreTrainedModel,
 )
-from transformers.cache_utils import Cache
-from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+from transformers.models.llava.modeling_llava import (
+    LlavaCausalLMOutputWithPast,
+    LlavaModelOutputWithPast,
+    LlavaMultiModalProjector,
+)
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, logging
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_moe_llava import MoeLlavaConfig
-from .outputs import MoeLlavaCausalLMOutputWithPast, MoeLlavaModelOutputWithPast
-from .router import MoeLlavaTopKRouter
-from .routing_losses import load_balancing_loss, router_z_loss
+from .routing import MoeLlavaTopKRouter, load_balancing_loss, router_z_loss
 from .text_backbone import SparseModelMixin, build_text_model, decoder_layers
-from .token_mask import TOKEN_MASK, check_token_mask_arrived, token_mask_of
 from .upcycling import model_type_of, upcycle
 
 
-logger = logging.get_logger(__name__)
+@dataclass
+class MoeLlavaModelOutputWithPast(LlavaModelOutputWithPast):
+    """Output of [`MoeLlavaModel`]: that of [`~transformers.LlavaModel`] and what the routers said.
+
+    Args:
+        router_logits (`tuple[torch.Tensor]`, *optional*, returned with `output_router_logits=True`):
+            One float32 tensor of shape `(batch_size * sequence_length, num_experts)` per mixture.
+    """
+
+    # newer versions of transformers make it a property of LLaVA's output, which could not be set
+    image_hidden_states: torch.Tensor | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class MoeLlavaCausalLMOutputWithPast(LlavaCausalLMOutputWithPast):
+    """Output of [`MoeLlavaForConditionalGeneration`]: that of LLaVA and what the routers said.
+
+    Args:
+        aux_loss (`torch.Tensor`, *optional*):
+            The load-balancing loss, not yet multiplied by its coefficient; `loss` contains it already.
+        z_loss (`torch.Tensor`, *optional*, returned with `router_z_loss_coef > 0`):
+            The router z-loss, likewise.
+        router_logits (`tuple[torch.Tensor]`, *optional*, returned with `output_router_logits=True`):
+            One float32 tensor of shape `(batch_size * sequence_length, num_experts)` per mixture.
+    """
+
+    image_hidden_states: torch.Tensor | None = None
+    aux_loss: torch.Tensor | None = None
+    z_loss: torch.Tensor | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
 
 
 class MoeLlavaPreTrainedModel(SparseModelMixin, LlavaPreTrainedModel):
@@ -89,24 +120,21 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel, LlavaModel):
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
         image_sizes: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
         output_router_logits: bool | None = None,
-        moe_token_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | MoeLlavaModelOutputWithPast:
         """As [`~transformers.LlavaModel`], with the routers' logits on request.
 
+        The key-value cache goes through `kwargs`, under the name that the installed transformers gives it.
+
         Args:
             output_router_logits (`bool`, *optional*):
                 Return the logits of every router; by default as the configuration says.
-            moe_token_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
-                0 for padding, which takes no place of a limited capacity. By default a two-dimensional `attention_mask`
-                says so.
 
         Raises:
             ValueError: image tokens and image features differ in number, or `config.num_experts_per_tok` has changed.
@@ -136,44 +164,25 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel, LlavaModel):
             is_image = self.get_placeholder_mask(input_ids, inputs_embeds=inputs_embeds, image_features=image_features)
             inputs_embeds = inputs_embeds.masked_scatter(is_image, image_features)
 
-        if self.config.router_drop is not None:
-            if moe_token_mask is None:
-                moe_token_mask = token_mask_of(attention_mask, inputs_embeds.shape[1])
-            if moe_token_mask is None and attention_mask is not None:
-                logger.warning_once(
-                    "router_drop cannot tell from this attention_mask which tokens are padding, so padding takes places of "
-                    "experts. Hand moe_token_mask of shape (batch_size, sequence_length) to the model, 0 for padding."
-                )
-            kwargs[TOKEN_MASK] = moe_token_mask
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             output_router_logits=_flag(output_router_logits, self.config),
             **kwargs,
         )
-        if kwargs.get(TOKEN_MASK) is not None:
-            check_token_mask_arrived(decoder_layers(self.language_model))
         router_logits = getattr(outputs, "router_logits", None)
         if router_logits and self.training and (_aux_loss_coef(self.config) or self.config.router_z_loss_coef):
             self._check_router_gradient(router_logits, outputs.last_hidden_state)
-        return MoeLlavaModelOutputWithPast(
-            last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=image_features,
-            router_logits=router_logits,
-        )
+        return MoeLlavaModelOutputWithPast(**outputs, image_hidden_states=image_features)
 
     def check_num_experts_per_tok(self) -> None:
         """Raise a `ValueError` if the configuration says another number of experts per token than the routers."""
         if self.config.num_experts_per_tok != self.num_experts_per_tok:
             raise ValueError(
-                f"config.num_experts_per_tok was set to {self.config.num_experts_per_tok}, but the routers of this model "
-                f"were built for {self.num_experts_per_tok}. Set it back, and load the model with the other number: "
-                "from_pretrained(..., num_experts_per_tok=...)."
+                f"config.num_experts_per_tok was set to {self.config.num_experts_per_tok}, but the routers of this "
+                f"model were built for {self.num_experts_per_tok}. Set it back, and load the model with the other "
+                "number: from_pretrained(..., num_experts_per_tok=...)."
             )
 
     def _check_router_gradient(self, router_logits: Sequence[torch.Tensor], hidden_states: torch.Tensor) -> None:
@@ -232,8 +241,8 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, LlavaForConditio
 
         Args:
             dense ([`~transformers.LlavaForConditionalGeneration`], a path or name of one, or a list of those):
-                The dense model; it is left as it is. Expert `e` is copied from the model `e mod n` of a list of `n`, all
-                else from the first.
+                The dense model; it is left as it is. Expert `e` is copied from the model `e mod n` of a list of `n`,
+                all else from the first.
             num_experts (`int` or `list[int]`), num_experts_per_tok (`int`):
                 See [`MoeLlavaConfig`].
             expert_noise (`float`):
@@ -263,7 +272,6 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, LlavaForConditio
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
@@ -272,25 +280,24 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, LlavaForConditio
         image_sizes: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
         output_router_logits: bool | None = None,
-        moe_token_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | MoeLlavaCausalLMOutputWithPast:
         """As [`~transformers.LlavaForConditionalGeneration`], with the losses of the routers.
 
         Args:
+            attention_mask (`torch.Tensor`, *optional*):
+                As in LLaVA. If it has the shape `(batch_size, sequence_length)`, padding counts in no loss of the
+                routers.
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                -100 where the next token is not to be learned. In training, `loss` contains the auxiliary losses of the
-                routers; in evaluation it does so only with `output_router_logits`.
+                -100 where the next token is not to be learned. In training, `loss` contains the auxiliary losses of
+                the routers; in evaluation it does so only with `output_router_logits`.
             logits_to_keep (`int` or `torch.Tensor`, *optional*):
                 Where to compute logits: at the last so many positions (0: at all), or at those of an index of shape
-                `(num_positions,)` or `(batch_size, num_positions)`, or of a boolean mask `(batch_size, sequence_length)`,
-                whose logits are flattened to `(num_true, vocab_size)`.
+                `(num_positions,)` or `(batch_size, num_positions)`, or of a boolean mask `(batch_size,
+                sequence_length)`, whose logits are flattened to `(num_true, vocab_size)`.
             output_router_logits (`bool`, *optional*):
-                Return `router_logits` and `aux_loss`; by default as the configuration says. `False` in this call leaves the
-                losses of the routers out of `loss`, in training too.
-            moe_token_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
-                0 for padding, which counts in no loss of the routers and takes no place of a limited capacity. By default
-                a two-dimensional `attention_mask` says so; `generate` hands it over where it makes another one.
+                Return `router_logits` and `aux_loss`; by default as the configuration says. `False` in this call
+                leaves the losses of the routers out of `loss`, in training too.
 
         Raises:
             RuntimeError: reentrant gradient checkpointing, under which the auxiliary losses would have no gradient.
@@ -306,14 +313,12 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, LlavaForConditio
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             vision_feature_layer=vision_feature_layer,
             vision_feature_select_strategy=vision_feature_select_strategy,
             image_sizes=image_sizes,
             mm_encoder_outputs=mm_encoder_outputs,
             output_router_logits=output_router_logits or is_trained,
-            moe_token_mask=moe_token_mask,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -327,9 +332,7 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, LlavaForConditio
             vocab_size = config.text_config.vocab_size
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
         if outputs.router_logits and not is_refused:
-            token_mask = moe_token_mask
-            if token_mask is None:
-                token_mask = token_mask_of(attention_mask, hidden_states.shape[1])
+            token_mask = _token_mask_of(attention_mask, hidden_states.shape[1])
             aux_loss = load_balancing_loss(
                 outputs.router_logits,
                 top_k=config.num_experts_per_tok,
@@ -343,36 +346,17 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, LlavaForConditio
             if loss is not None:
                 share = _share_of_step(labels, kwargs.get("num_items_in_batch"))
                 loss = loss + share.to(loss.device) * weighted.to(loss.device)
-        return MoeLlavaCausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
-            aux_loss=aux_loss,
-            z_loss=z_loss,
-            # those that only the losses needed stay inside
-            router_logits=None if is_trained and not output_router_logits else outputs.router_logits,
-        )
+        # router logits that only the losses needed stay inside
+        hidden = {"last_hidden_state", *(["router_logits"] if is_trained and not output_router_logits else [])}
+        passed_on = {name: value for name, value in outputs.items() if name not in hidden}
+        return MoeLlavaCausalLMOutputWithPast(loss=loss, logits=logits, aux_loss=aux_loss, z_loss=z_loss, **passed_on)
 
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.Tensor,
-        inputs_embeds: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """As LLaVA, and say which tokens are padding where the attention mask does not: with a static cache."""
-        # `generate` takes embeddings only of models that name them here
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs
-        )
-        fed = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
-        if token_mask_of(inputs.get("attention_mask"), fed.shape[1]) is None:
-            token_mask = token_mask_of(attention_mask, fed.shape[1])
-            inputs[TOKEN_MASK] = None if token_mask is None else token_mask.to(fed.device).contiguous()
-        return inputs
+
+def _token_mask_of(attention_mask: Any, num_tokens: int) -> torch.Tensor | None:
+    """Which of the last `num_tokens` tokens are padding (0); `None` where the mask does not say so by token."""
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
+        return None
+    return attention_mask[:, -num_tokens:] if attention_mask.shape[1] >= num_tokens else None
 
 
 def _at(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
@@ -403,10 +387,10 @@ def _trains_router(module: nn.Module) -> bool:
 @functools.cache
 def _warn_of_missing_labels() -> None:
     warnings.warn(
-        "MoeLlava is trained without labels among its arguments (label_smoothing_factor, compute_loss_func or a loop of its "
-        "own), so that the auxiliary losses of the routers are in no loss. Pass labels; or set output_router_logits=True and "
-        "add router_aux_loss_coef * outputs.aux_loss, and router_z_loss_coef * outputs.z_loss, to the loss; or set both "
-        "coefficients to 0.",
+        "MoeLlava is trained without labels among its arguments (label_smoothing_factor, compute_loss_func or a loop "
+        "of its own), so that the auxiliary losses of the routers are in no loss. Pass labels; or set "
+        "output_router_logits=True and add router_aux_loss_coef * outputs.aux_loss, and router_z_loss_coef * "
+        "outputs.z_loss, to the loss; or set both coefficients to 0.",
         stacklevel=3,
     )
 
@@ -422,8 +406,8 @@ def _share_of_step(labels: torch.Tensor, num_items_in_batch: torch.Tensor | int 
 def _refuse_dense_checkpoint(name_or_path: Any, kwargs: dict[str, Any]) -> None:
     if model_type_of(name_or_path, kwargs) == "llava":
         raise ValueError(
-            f"{str(name_or_path)!r} is a dense LLaVA, which has no experts to load. Use "
-            f"MoeLlavaForConditionalGeneration.from_dense({str(name_or_path)!r}, num_experts=4) to make experts of its MLPs."
+            f"{str(name_or_path)!r} is a dense LLaVA, which has no experts to load. To make experts of its MLPs, use "
+            f"MoeLlavaForConditionalGeneration.from_dense({str(name_or_path)!r}, num_experts=4)."
         )
 
 

@@ -81,13 +81,15 @@ class MoeTuningStage:
     mixes it in as a router.
 
     With PEFT adapters, the active adapters of the language model train in II and III, those of the projector in every
-    stage that trains the projector, those of the vision tower never. A weight that carries an adapter stays frozen, for
-    the adapter trains in its place. Modules that PEFT keeps a trainable copy of (`modules_to_save`) train as that copy.
+    stage that trains the projector, those of the vision tower never. A weight that carries an adapter stays frozen,
+    for the adapter trains in its place. Modules that PEFT keeps a trainable copy of (`modules_to_save`) train as that
+    copy.
 
     Args:
         name (`"I"`, `"II"` or `"III"`): which stage.
         dense_mlps (`bool`):
-            In stage III, also train the MLPs of the layers that are no mixtures. Paper (table 5a) and released code: yes.
+            In stage III, also train the MLPs of the layers that are no mixtures. Paper (table 5a) and released code:
+            yes.
         projector (`bool`):
             In stage III, also train the projector. Released code: yes; figure 3 of the paper shows it frozen.
 
@@ -154,9 +156,10 @@ class MoeTuningStage:
         logger.info("Trainable parameters in\n%s", audit)
         if not_saved:
             logger.warning(
-                "%d tensors train that are no part of a saved adapter, %s the first of them: a checkpoint of the adapter "
-                "alone would lose them. Give the adapter's configuration "
-                "modules_to_save=MoeTuningStage(%r).modules_to_save(model), or merge the adapter and save the whole model.",
+                "%d tensors train that are no part of a saved adapter, %s the first of them: a checkpoint of the "
+                "adapter alone would lose them. Give the adapter's configuration "
+                "modules_to_save=MoeTuningStage(%r).modules_to_save(model), or merge the adapter and save the whole "
+                "model.",
                 len(not_saved),
                 not_saved[0],
                 self.name,
@@ -187,8 +190,8 @@ class MoeTuningStage:
         kind = type(model).__name__
         if not any(entry.group == PROJECTOR for entry in entries):
             raise ValueError(
-                f"MoE-tuning needs a LLaVA, but {kind} has no multi_modal_projector. Use LlavaForConditionalGeneration or "
-                "MoeLlavaForConditionalGeneration."
+                f"MoE-tuning needs a LLaVA, but {kind} has no multi_modal_projector. Use "
+                "LlavaForConditionalGeneration or MoeLlavaForConditionalGeneration."
             )
         if self.name == "III":
             _check_mixtures(model, entries, kind)
@@ -196,10 +199,10 @@ class MoeTuningStage:
             groups = ", ".join(dict.fromkeys(entry.group for entry in stuck))
             first = stuck[0]
             raise ValueError(
-                f"Stage {self.name} trains the {groups} of {kind}, but {len(stuck)} of these weights are quantised and would "
-                f"stay as they are: {first.name} is {type(first.parameter.data).__name__} of {first.parameter.dtype}, the "
-                "first of them. Load the model without quantization of these parts, give them adapters, or choose a stage "
-                "without them."
+                f"Stage {self.name} trains the {groups} of {kind}, but {len(stuck)} of these weights are quantised "
+                f"and would stay as they are: {first.name} is {type(first.parameter.data).__name__} of "
+                f"{first.parameter.dtype}, the first of them. Load the model without quantization of these parts, "
+                "give them adapters, or choose a stage without them."
             )
         needed = {"I": (PROJECTOR,), "II": (PROJECTOR, LANGUAGE_MODEL), "III": (ROUTERS, EXPERTS)}[self.name]
         trained = {entry.group for entry in entries if self._trains(entry)}
@@ -207,8 +210,9 @@ class MoeTuningStage:
             trained.add(LANGUAGE_MODEL)
         if missing := [group for group in needed if group not in trained]:
             raise ValueError(
-                f"Stage {self.name} would train no {' and no '.join(missing)} of {kind}: their weights belong to an adapter "
-                "that is not active, or are no parameters. Activate the adapter, or load the model without quantization."
+                f"Stage {self.name} would train no {' and no '.join(missing)} of {kind}: their weights belong to an "
+                "adapter that is not active, or are no parameters. Activate the adapter, or load the model without "
+                "quantization."
             )
 
 
@@ -278,8 +282,8 @@ def _warn_of_untied_embeddings(model: nn.Module) -> None:
     originals = [getattr(part, "original_module", part).weight for part in embeddings]
     if originals[0] is originals[1] and embeddings[0].weight is not embeddings[1].weight:
         logger.warning(
-            "Embeddings and lm_head are one weight, but modules_to_save makes a copy of one of them, which alone trains: "
-            "they will differ. Give the adapter's configuration ensure_weight_tying=True."
+            "Embeddings and lm_head are one weight, but modules_to_save makes a copy of one of them, which alone "
+            "trains: they will differ. Give the adapter's configuration ensure_weight_tying=True."
         )
 
 
@@ -317,8 +321,8 @@ def _check_mixtures(model: nn.Module, entries: list[_Entry], kind: str) -> None:
     wanted = set(getattr(getattr(model, "config", None), "moe_layer_indices", mixtures))
     if missing := sorted(wanted - mixtures):
         raise ValueError(
-            f"Stage III trains routers and experts, but layers {missing} of {kind} have none, although the configuration "
-            f"lists the mixtures {sorted(wanted)}. Load the checkpoint again, or correct moe_layers."
+            f"Stage III trains routers and experts, but layers {missing} of {kind} have none, although the "
+            f"configuration lists the mixtures {sorted(wanted)}. Load the checkpoint again, or correct moe_layers."
         )
 
 

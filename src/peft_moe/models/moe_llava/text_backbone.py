@@ -12,19 +12,17 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_moe_llava import MoeLlavaConfig
 from .dense_mlp import find_dense_mlp
-from .experts import StackedExperts
-from .moe_block import MoeLlavaSparseMoeBlock
-from .router import MoeLlavaTopKRouter
-from .token_mask import take_token_mask
+from .experts import MoeLlavaSparseMoeBlock, StackedExperts
+from .routing import MoeLlavaTopKRouter
 
 
 class SparseModelMixin:
-    """What transformers asks of a class before it hands it an experts implementation, and initialisation as in its own."""
+    """What transformers asks of a class before it hands it an experts implementation, and initialisation."""
 
     def initialize_weights(self) -> None:
         """Initialise what has no value yet, see [`~transformers.PreTrainedModel.initialize_weights`]."""
-        # Of models that it does not contain, transformers never initialises modules without parameters of their own, by
-        # which CLIP's attention and MLP set the width of their weights. That spares code which ignores the marks on
+        # Of models that it does not contain, transformers never initialises modules without parameters of their own,
+        # by which CLIP's attention and MLP set the width of their weights. That spares code which ignores the marks on
         # parameters that are loaded; all code here obeys them.
         self.is_custom_code = _false
         try:
@@ -38,14 +36,14 @@ class SparseModelMixin:
         return True
 
     def _grouped_mm_can_dispatch(self) -> bool:
-        """Whether the kernel accepts the sizes. If not, a named `"grouped_mm"` raises, and the default is `"eager"`."""
+        """Whether the kernel accepts the sizes. If not, naming `"grouped_mm"` raises; the default is `"eager"`."""
         text_config = self.config.get_text_config(decoder=True)
         sizes = {name: getattr(text_config, name, None) for name in ("hidden_size", "intermediate_size")}
         uneven = [f"{name}={size}" for name, size in sizes.items() if isinstance(size, int) and size % 8]
         if uneven:
             raise ValueError(
-                f"experts_implementation='grouped_mm' needs sizes that are multiples of 8 (rows of 16 bytes), but the text "
-                f"model has {', '.join(uneven)}. Use experts_implementation='eager' or 'batched_mm'."
+                "experts_implementation='grouped_mm' needs sizes that are multiples of 8 (rows of 16 bytes), but the "
+                f"text model has {', '.join(uneven)}. Use experts_implementation='eager' or 'batched_mm'."
             )
         return super()._grouped_mm_can_dispatch()
 
@@ -100,8 +98,8 @@ def build_text_model(config: MoeLlavaConfig) -> PreTrainedModel:
         dense_class = dense_class[0]
     if dense_class is None:
         raise ValueError(
-            f"transformers has no model for a text_config of type {type(text_config).__name__}. Use the configuration of "
-            "a decoder that transformers contains."
+            f"transformers has no model for a text_config of type {type(text_config).__name__}. Use the configuration "
+            "of a decoder that transformers contains."
         )
     text_model = sparse_class_of(dense_class)._from_config(text_config)
     _sparsify(text_model, config)
@@ -113,8 +111,8 @@ def decoder_layers(text_model: nn.Module) -> nn.ModuleList:
     layers = getattr(text_model, "layers", None)
     if not isinstance(layers, nn.ModuleList):
         raise ValueError(
-            f"{type(text_model).__name__} keeps its decoder layers elsewhere than in 'layers', which MoeLlava needs. Choose "
-            "another text model."
+            f"{type(text_model).__name__} keeps its decoder layers elsewhere than in 'layers', which MoeLlava needs. "
+            "Choose another text model."
         )
     return layers
 
@@ -132,9 +130,6 @@ def _sparsify(text_model: PreTrainedModel, config: MoeLlavaConfig) -> None:
         *(text_model._keep_in_fp32_modules_strict or ()),
         *(f"{name}.gate.weight" for name in blocks),
     }
-    if config.router_drop is not None:
-        for layer in layers:
-            take_token_mask(layer)
 
 
 def _extend_plans(

@@ -78,8 +78,8 @@ def _load(source: Any, kwargs: dict[str, Any]) -> LlavaForConditionalGeneration:
         )
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         raise ValueError(
-            "from_dense needs the dense model on one device. Load it without device_map, save the sparse model, and load "
-            "that one with device_map."
+            "from_dense needs the dense model on one device. Load it without device_map, save the sparse model, and "
+            "load that one with device_map."
         )
     return model
 
@@ -120,8 +120,8 @@ def _check_sources(models: Sequence[LlavaForConditionalGeneration], config: MoeL
             first, other = (_mlp(dense, layer).description for dense in (models[0], model))
             if first != other:
                 raise ValueError(
-                    f"The MLP of layer {layer} of dense model {number} does not fit that of the first: {other} instead of "
-                    f"{first}."
+                    f"The MLP of layer {layer} of dense model {number} does not fit that of the first: {other} "
+                    f"instead of {first}."
                 )
 
 
@@ -198,7 +198,7 @@ def _check_same_function(
         mlp.module.train(was_training)
         if not torch.allclose(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())):
             raise ValueError(
-                f"{type(mlp.module).__name__} computes something else than its linears suggest: the copy in layer {layer} "
-                f"differs by {float((found - expected).abs().max()):.3g}. Choose another text model, or leave this layer "
-                "out of moe_layers."
+                f"{type(mlp.module).__name__} computes something else than its linears suggest: the copy in layer "
+                f"{layer} differs by {float((found - expected).abs().max()):.3g}. Choose another text model, or leave "
+                "this layer out of moe_layers."
             )

@@ -1,4 +1,4 @@
-"""`InstructionClusterer`: groups instructions by k-means on sentence embeddings, and says which group a new one is in."""
+"""`InstructionClusterer`: groups instructions by k-means on sentence embeddings, and finds the group of a new one."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ WEIGHTS_FILE, CONFIG_FILE = "clusterer.safetensors", "clusterer_config.json"
 
 
 def nearest_centroid(embeddings: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
-    """The centroid at the smallest Euclidean distance from each embedding; of equally near ones that with the lowest id.
+    """The centroid at the smallest Euclidean distance from each embedding; of equally near ones the first.
 
     Computes in float64 and in chunks, so that the answer for a row does not depend on the other rows.
 
@@ -65,8 +65,8 @@ def nearest_centroid(embeddings: torch.Tensor, centroids: torch.Tensor) -> torch
     """
     if embeddings.dim() != 2 or centroids.dim() != 2 or embeddings.shape[1] != centroids.shape[1]:
         raise ValueError(
-            f"Embeddings of shape {tuple(embeddings.shape)} do not fit centroids of shape {tuple(centroids.shape)}: (N, C) "
-            "and (K, C) are needed. Use the encoder that the centroids were made with."
+            f"Embeddings of shape {tuple(embeddings.shape)} do not fit centroids of shape {tuple(centroids.shape)}: "
+            "(N, C) and (K, C) are needed. Use the encoder that the centroids were made with."
         )
     for name, values in (("embeddings", embeddings), ("centroids", centroids)):
         if not torch.isfinite(values).all():
@@ -92,10 +92,10 @@ class InstructionClusterer(
 ):
     """Clusters of instructions, by k-means on the vectors of a sentence encoder.
 
-    After MoCLE (https://huggingface.co/papers/2312.12379), where the cluster of an instruction decides which expert works
-    on an example. Make one with [`~InstructionClusterer.fit`], keep it with `save_pretrained` or `push_to_hub`, get it
-    back with `from_pretrained`. What is kept is the centroids, their sizes and the name of the encoder: neither its
-    weights nor any text, and no pickle.
+    After MoCLE (https://huggingface.co/papers/2312.12379), where the cluster of an instruction decides which expert
+    works on an example. Make one with [`~InstructionClusterer.fit`], keep it with `save_pretrained` or `push_to_hub`,
+    get it back with `from_pretrained`. What is kept is the centroids, their sizes and the name of the encoder: neither
+    its weights nor any text, and no pickle.
 
     An instruction is what [`~instructions.instruction_text`] makes of an example. Euclidean distances, as in the
     released code.
@@ -278,8 +278,8 @@ class InstructionClusterer(
             A data set of the same kind.
 
         Raises:
-            ValueError: `column` is missing, `output_column` is there already, or (during the work, with its index) a row
-                has no instruction.
+            ValueError: `column` is missing, `output_column` is there already, or (during the work, with its index) a
+                row has no instruction.
         """
         import datasets
 
@@ -354,8 +354,8 @@ class InstructionClusterer(
     def _encode(self, instructions: list[str], *, batch_size: int, show_progress: bool) -> _DistinctTexts:
         if self.encoder.embedding_dim != self.embedding_dim:
             raise ValueError(
-                f"The encoder {self.encoder.name_or_path!r} gives vectors of width {self.encoder.embedding_dim}, but the "
-                f"centroids are of width {self.embedding_dim}. Use the encoder that they were made with, "
+                f"The encoder {self.encoder.name_or_path!r} gives vectors of width {self.encoder.embedding_dim}, but "
+                f"the centroids are of width {self.embedding_dim}. Use the encoder that they were made with, "
                 f"{self.encoder_name!r}, or fit again."
             )
         return _DistinctTexts.encode(
@@ -480,8 +480,8 @@ def choose_num_clusters(
     """Try several numbers of clusters on the same vectors, as [`InstructionClusterer.fit`] would make them.
 
     The silhouette is Euclidean, over different instructions, on a seeded sample above 5,000 of them
-    (`SILHOUETTE_MAX_TEXTS`). It says how well groups are separated, not how well a model trained on them will be: take it
-    as a hint. The paper has no such step.
+    (`SILHOUETTE_MAX_TEXTS`). It says how well groups are separated, not how well a model trained on them will be: take
+    it as a hint. The paper has no such step.
 
     Args:
         texts (`Iterable`): texts or chats.
@@ -508,8 +508,8 @@ def choose_num_clusters(
     instructions = read_instructions(texts, instruction_pattern)
     if max(candidates) >= (num_distinct := len(set(instructions))):
         raise ValueError(
-            f"{max(candidates)} clusters of {num_distinct} different instructions have no silhouette: some cluster has to "
-            f"have two of them. Name candidates of at most {num_distinct - 1}, or add texts."
+            f"{max(candidates)} clusters of {num_distinct} different instructions have no silhouette: some cluster "
+            f"has to have two of them. Name candidates of at most {num_distinct - 1}, or add texts."
         )
     points = _DistinctTexts.encode(
         instructions, as_encoder(encoder), template, batch_size=batch_size, show_progress=show_progress
@@ -544,7 +544,7 @@ def _silhouette(vectors: numpy.ndarray, ids: numpy.ndarray, seed: int) -> float:
 
 @dataclass(frozen=True)
 class _DistinctTexts:
-    """Different instructions, their vectors `(D, C)`, how often each occurs `(D,)`, and which one each text is `(N,)`."""
+    """Different texts, their vectors `(D, C)`, how often each occurs `(D,)`, which one each of N texts is `(N,)`."""
 
     texts: list[str]
     vectors: torch.Tensor
@@ -625,7 +625,9 @@ def find_file(name: str, file: str, hub_options: dict[str, Any]) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / file).is_file():
-            raise ValueError(f"{name!r} holds no {file}. Give the whole folder that save_pretrained or export_all wrote.")
+            raise ValueError(
+                f"{name!r} holds no {file}. Give the whole folder that save_pretrained or export_all wrote."
+            )
         return folder / file
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -634,8 +636,8 @@ def find_file(name: str, file: str, hub_options: dict[str, Any]) -> Path:
         return Path(hf_hub_download(name, file, **hub_options))
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         raise OSError(
-            f"{name!r} is no folder here, and {file} did not come from the Hub ({type(error).__name__}). Check the name "
-            "and the network (is HF_HUB_OFFLINE set?)."
+            f"{name!r} is no folder here, and {file} did not come from the Hub ({type(error).__name__}). Check the "
+            "name and the network (is HF_HUB_OFFLINE set?)."
         ) from error
 
 
@@ -653,8 +655,8 @@ def read_settings(name: str, file: Path, needed: Sequence[str]) -> dict[str, Any
         raise damaged(name, file.name, f"{type(error).__name__}: {error}") from error
     if is_newer:
         raise ValueError(
-            f"{file.name} in {name!r} has format {settings['format_version']}, but this version of peft_moe reads up to "
-            f"{FORMAT_VERSION}. Upgrade it: pip install -U peft-moe."
+            f"{file.name} in {name!r} has format {settings['format_version']}, but this version of peft_moe reads up "
+            f"to {FORMAT_VERSION}. Upgrade it: pip install -U peft-moe."
         )
     if absent:
         raise damaged(name, file.name, f"it lacks {absent}")
@@ -664,8 +666,8 @@ def read_settings(name: str, file: Path, needed: Sequence[str]) -> dict[str, Any
 def damaged(name: str, file: str, what: str) -> ValueError:
     """The error of a file that cannot be used, or that comes from elsewhere than those beside it."""
     return ValueError(
-        f"{file} in {name!r} is damaged or does not belong to the files beside it: {what}. Nothing was loaded. Fetch or "
-        "save the whole folder again."
+        f"{file} in {name!r} is damaged or does not belong to the files beside it: {what}. Nothing was loaded. Fetch "
+        "or save the whole folder again."
     )
 
 

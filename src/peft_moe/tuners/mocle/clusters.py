@@ -69,9 +69,9 @@ class BatchClusters:
             return first, num_tokens // first
         raise ValueError(
             f"cluster_ids has {num_examples} entries, but '{module_name}' got a batch of {first} (shape "
-            f"{tuple(shape)}). Pass one cluster id per example, as an int64 tensor of shape (batch,); for packed rows one "
-            "per packed example, together with position_ids that start again at 0. A layer that sees other inputs than "
-            "the examples cannot be routed: exclude it with exclude_modules."
+            f"{tuple(shape)}). Pass one cluster id per example, as an int64 tensor of shape (batch,); for packed rows "
+            "one per packed example, together with position_ids that start again at 0. A layer that sees other inputs "
+            "than the examples cannot be routed: exclude it with exclude_modules."
         )
 
 
@@ -95,8 +95,8 @@ class ClusterLookup:
         """Raise `ValueError` where the configuration names centroids that were neither given nor loaded."""
         if self.centroids is not None and not self.centroids.are_known:
             raise ValueError(
-                f"The configuration of the MoCLE adapter {self.adapter_name!r} names centroids (centroids_sha256), but "
-                "they were neither given nor loaded. Make the configuration from the clustering, by "
+                f"The configuration of the MoCLE adapter {self.adapter_name!r} names centroids (centroids_sha256), "
+                "but they were neither given nor loaded. Make the configuration from the clustering, by "
                 "MoCLEConfig.from_clusterer(...), or load the whole adapter, by PeftModel.from_pretrained(...)."
             )
 
@@ -148,9 +148,9 @@ class ClusterLookup:
             if self.config.fallback == "universal":
                 return BatchClusters(None)
             raise ValueError(
-                f"The MoCLE adapter {self.adapter_name!r} needs the cluster of each example, but got no cluster_ids. Pass "
-                "cluster_ids, an int64 tensor of shape (batch,), with the batch or to generate (add a column to a "
-                "dataset by InstructionClusterer.add_cluster_ids); or let it find them from input_ids: "
+                f"The MoCLE adapter {self.adapter_name!r} needs the cluster of each example, but got no cluster_ids. "
+                "Pass cluster_ids, an int64 tensor of shape (batch,), with the batch or to generate (add a column to "
+                "a dataset by InstructionClusterer.add_cluster_ids); or let it find them from input_ids: "
                 "attach_encoder(model); or choose fallback='universal' in the configuration."
             )
         prompt = inputs.get(GENERATION_PROMPT)
@@ -160,8 +160,8 @@ class ClusterLookup:
         for tokens in (prompt.get("input_ids"), prompt.get("inputs_embeds")):
             if isinstance(tokens, torch.Tensor) and tokens.shape[0] != ids.shape[0]:
                 raise ValueError(
-                    f"cluster_ids has {ids.shape[0]} entries, but generate got {tokens.shape[0]} prompts. Pass one id per "
-                    "prompt; beams and several answers to a prompt share it."
+                    f"cluster_ids has {ids.shape[0]} entries, but generate got {tokens.shape[0]} prompts. Pass one id "
+                    "per prompt; beams and several answers to a prompt share it."
                 )
         return BatchClusters(ids, is_expandable=True)
 
@@ -172,8 +172,8 @@ class ClusterLookup:
             )
         if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
             raise ValueError(
-                f"cluster_ids must be whole numbers, but is {ids.dtype}. Pass the ids that InstructionClusterer.predict "
-                "returns, or cluster_ids.long()."
+                f"cluster_ids must be whole numbers, but is {ids.dtype}. Pass the ids that "
+                "InstructionClusterer.predict returns, or cluster_ids.long()."
             )
         if ids.dim() != 1 or ids.shape[0] == 0:
             raise ValueError(
@@ -182,15 +182,17 @@ class ClusterLookup:
             )
         if isinstance(like, torch.Tensor) and like.device != ids.device:
             raise ValueError(
-                f"cluster_ids is on {ids.device}, but input_ids on {like.device}. Use cluster_ids.to({str(like.device)!r})."
+                f"cluster_ids is on {ids.device}, but input_ids on {like.device}. Use "
+                f"cluster_ids.to({str(like.device)!r})."
             )
         if ids.device.type != "meta" and not torch.compiler.is_compiling():
             smallest, largest = (int(bound) for bound in torch.aminmax(ids))
             if smallest < 0 or largest >= self.config.num_clusters:
                 raise ValueError(
-                    f"cluster_ids must be between 0 and {self.config.num_clusters - 1} (num_clusters={self.config.num_clusters}), but "
-                    f"holds {smallest if smallest < 0 else largest}. They come from another clustering; predict them with "
-                    "the clusterer that the adapter was made from."
+                    f"cluster_ids must be between 0 and {self.config.num_clusters - 1} "
+                    f"(num_clusters={self.config.num_clusters}), but holds {smallest if smallest < 0 else largest}. "
+                    "They come from another clustering; predict them with the clusterer that the adapter was made "
+                    "from."
                 )
         return ids.long()
 
@@ -226,7 +228,7 @@ def _segments(ids: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor | None:
 
 
 def remember_clusters(context: ForwardContext, forward_pass: ForwardPass, output: Any) -> Any:
-    """Output hook: leave the clusters of a prompt on its key-value cache, for decoding loops that pass nothing else."""
+    """Output hook: leave the clusters of a prompt on its key-value cache, for decoding loops that pass only tokens."""
     cache = getattr(output, "past_key_values", None)
     if cache is None or torch.compiler.is_compiling():
         return output
@@ -246,16 +248,16 @@ def remember_clusters(context: ForwardContext, forward_pass: ForwardPass, output
 class ClusterIdsCollator:
     """Wraps a collator that knows nothing of `cluster_ids`, such as those of trl.
 
-    The collators of transformers need no wrapper: they keep every column of numbers. trl's trainers drop the column even
-    before the collator, unless `remove_unused_columns=False`.
+    The collators of transformers need no wrapper: they keep every column of numbers. trl's trainers drop the column
+    even before the collator, unless `remove_unused_columns=False`.
 
     Args:
         collator (`Callable`):
             Makes a batch from a list of examples.
 
     Returns:
-        The batch of `collator`, with `cluster_ids` `(N,)` int64 added. An example that packs several has a list of ids;
-        N counts all of them.
+        The batch of `collator`, with `cluster_ids` `(N,)` int64 added. An example that packs several has a list of
+        ids; N counts all of them.
 
     Raises:
         ValueError: an example has no `cluster_ids`.
@@ -281,8 +283,9 @@ class ClusterIdsCollator:
             found = example.get(CLUSTER_IDS)
             if found is None:
                 raise ValueError(
-                    f"Example {position} of the batch has no cluster_ids, but only {sorted(example)}. Add the column by "
-                    "InstructionClusterer.add_cluster_ids, and keep it: trl's trainers need remove_unused_columns=False."
+                    f"Example {position} of the batch has no cluster_ids, but only {sorted(example)}. Add the column "
+                    "by InstructionClusterer.add_cluster_ids, and keep it: trl's trainers need "
+                    "remove_unused_columns=False."
                 )
             found = torch.as_tensor(found).reshape(-1).tolist()
             ids += found

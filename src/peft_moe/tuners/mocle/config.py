@@ -15,7 +15,7 @@ from .instructions import check_text_settings
 
 @dataclass
 class MoCLEConfig(LoraExpertsConfig):
-    """Configuration of a [`MoCLEModel`]: the cluster of an instruction picks the LoRA expert, a universal expert helps.
+    """Configuration of a [`MoCLEModel`]: the cluster of an instruction picks the LoRA expert.
 
     After MoCLE (https://huggingface.co/papers/2312.12379). `docs/methods/mocle.md` maps the symbols of the paper to
     these fields and lists every place where paper and released code differ. Make it from a fitted
@@ -40,9 +40,9 @@ class MoCLEConfig(LoraExpertsConfig):
         use_rslora (`bool`):
             Scale by `lora_alpha / sqrt(r)` instead.
         target_modules (`Union[list[str], str]`, *optional*):
-            Linears that get experts: names, name endings, a regular expression, or `"all-linear"`. By default as in the
-            paper, found by structure: query and value projections of InstructBLIP-like models, up and down projections
-            of the (text) MLPs of all others.
+            Linears that get experts: names, name endings, a regular expression, or `"all-linear"`. By default as in
+            the paper, found by structure: query and value projections of InstructBLIP-like models, up and down
+            projections of the (text) MLPs of all others.
         temperature (`float`):
             τ of the softmax over experts. The smaller, the more an example specialises. Paper: 0.05.
         gate_scope (`"layer"` or `"module"`):
@@ -60,9 +60,9 @@ class MoCLEConfig(LoraExpertsConfig):
             One table of cluster embeddings for the whole model (default, paper), or one per gate (released code: per
             linear).
         cluster_embedding_init (`"centroids"` or `"normal"`):
-            Start from the centroids (default, paper), or from N(0, 1) (released code). Where there are no centroids, the
-            default draws vectors of about unit length, as sentence embeddings have it: with N(0, 1) most gates are
-            saturated from the start.
+            Start from the centroids (default, paper), or from N(0, 1) (released code). Where there are no centroids,
+            the default draws vectors of about unit length, as sentence embeddings have it: with N(0, 1) most gates
+            are saturated from the start.
         cluster_embedding_dim (`int`):
             Width of cluster embeddings; that of the sentence encoder where there are centroids.
         fallback (`"error"` or `"universal"`):
@@ -75,8 +75,8 @@ class MoCLEConfig(LoraExpertsConfig):
             Other ranks and alphas for linears whose name matches.
         exclude_modules (`Union[list[str], str]`, *optional*):
             Linears to leave alone.
-        layers_to_transform (`Union[list[int], int]`, *optional*), layers_pattern (`Union[list[str], str]`, *optional*):
-            Only these layers of the module list that `layers_pattern` names.
+        layers_to_transform (`Union[list[int], int]`, *optional*), layers_pattern (`Union[list[str], str]`,
+            *optional*): Only these layers of the module list that `layers_pattern` names.
         modules_to_save (`list[str]`, *optional*):
             Further modules to train in full and to save, e.g. a multi-modal projector or a Q-Former (as in the paper).
         init_lora_weights (`bool` or `"gaussian"`):
@@ -156,8 +156,8 @@ class MoCLEConfig(LoraExpertsConfig):
         problems = super()._contradictions()
         if self.num_experts < 2:
             problems.append(
-                "num_experts must be at least 2, but is 1: the only gate would always be 1 and a universal expert never "
-                "used. Add experts, or use LoRA."
+                "num_experts must be at least 2, but is 1: the only gate would always be 1 and a universal expert "
+                "never used. Add experts, or use LoRA."
             )
         elif self.top_k > self.num_experts:
             problems.append(
@@ -218,7 +218,7 @@ class MoCLEConfig(LoraExpertsConfig):
     def paper(cls, **overrides: Any) -> MoCLEConfig:
         """The published setting for InstructBLIP: 64 clusters, 4 experts of rank 8 and a universal one, τ = 0.05.
 
-        These are the defaults; alpha and dropout are not in the text that is publicly available and come from the code.
+        These are the defaults; alpha and dropout are not in the public text and come from the code.
         """
         return cls(**overrides)
 

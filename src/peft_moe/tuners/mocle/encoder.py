@@ -18,8 +18,8 @@ class SentenceEncoder:
 
     A thin wrapper around `sentence_transformers.SentenceTransformer` (`pip install peft-moe[cluster]`): pooling,
     normalisation, maximum length and prompts are those that the files of the encoder name. It computes in float32
-    whatever the weights are stored in, and reads weights from safetensors files only. Copies and pickles hold the name,
-    not the weights.
+    whatever the weights are stored in, and reads weights from safetensors files only. Copies and pickles hold the
+    name, not the weights.
 
     Args:
         name_or_path (`str` or `Path`):
@@ -86,8 +86,8 @@ class SentenceEncoder:
                 )
             except OSError as error:
                 raise OSError(
-                    f"The sentence encoder {self.name_or_path!r} could not be loaded ({error}). Check the name and the "
-                    "network (is HF_HUB_OFFLINE set?), or give the folder of a copy with safetensors weights."
+                    f"The sentence encoder {self.name_or_path!r} could not be loaded ({error}). Check the name and "
+                    "the network (is HF_HUB_OFFLINE set?), or give the folder of a copy with safetensors weights."
                 ) from error
             self._model = model.eval().requires_grad_(False)
         return self._model

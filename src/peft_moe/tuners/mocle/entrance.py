@@ -1,10 +1,10 @@
-"""How clusters come into a model: as `cluster_ids` of `forward` and `generate`, or from its prompts by `attach_encoder`.
+"""How clusters come into a model: as `cluster_ids` of its calls, or from its prompts by `attach_encoder`.
 
-All that MoCLE does to modules of others stands here. It puts a `forward` and a `generate` of its own into the `__dict__`
-of the base model, because both look at signatures: `Trainer` drops the columns of a dataset that `forward` does not name,
-and `generate` refuses arguments that `forward` does not take. A hook could hand the ids over, but not name them; and the
-steps of a generation see the prompt only in the call of `generate`. Everything else goes by the hooks of the forward
-context.
+All that MoCLE does to modules of others stands here. It puts a `forward` and a `generate` of its own into the
+`__dict__` of the base model, since signatures are looked at: `Trainer` drops the columns of a dataset that `forward`
+does not name, and `generate` refuses arguments that `forward` does not take. A hook could hand the ids over, but not
+name them; and whole prompts, to which the ids belong, are seen only in the call of `generate` and not in its steps.
+Everything else goes by the hooks of the forward context.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import nn
 
 from ...routing_recorder import RoutingRecorder, get_recorder
 from ...sequence_state import of_continued_cache
-from .clusters import CLUSTER_IDS, GENERATION_PROMPT, ClusterLookup, remember_clusters
 from .clustering import as_encoder, nearest_centroid
+from .clusters import CLUSTER_IDS, GENERATION_PROMPT, ClusterLookup, remember_clusters
 from .encoder import SentenceEncoder
 from .instructions import PromptReader
 from .layer import lookups_of
@@ -186,7 +186,7 @@ class PromptClusters:
 
 @contextmanager
 def _without_autocast() -> Iterator[None]:
-    """Mixed precision of the model's pass would reach the encoder, whose vectors were float32 when they were clustered."""
+    """Autocast of the model's pass would reach the encoder, whose vectors were float32 when they were clustered."""
     with ExitStack() as stack:
         for device_type in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device_type):
@@ -226,17 +226,18 @@ def attach_encoder(
 ) -> None:
     """Let a model with a MoCLE adapter route its prompts by itself, in `forward`, `generate` and pipelines.
 
-    Where no `cluster_ids` are given, the instruction is read from `input_ids` (in a chat, the first user turn), encoded,
-    and goes to its nearest centroid; decoding steps keep what was found for the prompt. `cluster_ids` that are given
-    count as before. An adapter that is added later with the same clustering takes the encoder over, as the reference
-    adapter does that trl adds.
+    Where no `cluster_ids` are given, the instruction is read from `input_ids` (in a chat, the first user turn),
+    encoded, and goes to its nearest centroid; decoding steps keep what was found for the prompt. `cluster_ids` that
+    are given count as before. An adapter that is added later with the same clustering takes the encoder over, as the
+    reference adapter does that trl adds.
 
     Args:
         model (`nn.Module`):
-            A model with MoCLE adapters that carry centroids: a `PeftModel`, or one with adapters loaded by transformers.
+            A model with MoCLE adapters that carry centroids: a `PeftModel`, or one with adapters loaded by
+            transformers.
         encoder (`str` or `SentenceEncoder`, *optional*):
-            The sentence encoder of the clustering: its id on the Hub, a folder, or the object. By default the name that
-            the adapter carries.
+            The sentence encoder of the clustering: its id on the Hub, a folder, or the object. By default the name
+            that the adapter carries.
         tokenizer (*optional*):
             Tokenizer or processor of `model`, to read its `input_ids`. By default the one beside the base model.
         adapter_name (`str`, *optional*):
@@ -267,9 +268,9 @@ def attach_encoder(
         centroids = lookup.centroids.weight.detach().float().cpu()
         if sentence_encoder.embedding_dim != centroids.shape[1]:
             raise ValueError(
-                f"The encoder {sentence_encoder.name_or_path!r} makes vectors of width {sentence_encoder.embedding_dim}, "
-                f"but the centroids of the adapter {lookup.adapter_name!r} are {centroids.shape[1]} wide. Use the "
-                f"encoder of the clustering, {config.encoder_name!r}."
+                f"The encoder {sentence_encoder.name_or_path!r} makes vectors of width "
+                f"{sentence_encoder.embedding_dim}, but the centroids of the adapter {lookup.adapter_name!r} are "
+                f"{centroids.shape[1]} wide. Use the encoder of the clustering, {config.encoder_name!r}."
             )
         reader = PromptReader(processor, instruction_pattern=config.instruction_pattern)
         lookup.finder = PromptClusters(
@@ -282,13 +283,13 @@ def _lookups_with_centroids(model: nn.Module, adapter_name: str | None) -> list[
     if not lookups:
         names = sorted({lookup.adapter_name for lookup in lookups_of(model)})
         raise ValueError(
-            f"The model has no MoCLE adapter{f' {adapter_name!r}' if adapter_name else ''} (it has {names}). Add one by "
-            "get_peft_model(model, MoCLEConfig.from_clusterer(...)), or load one."
+            f"The model has no MoCLE adapter{f' {adapter_name!r}' if adapter_name else ''} (it has {names}). Add one "
+            "by get_peft_model(model, MoCLEConfig.from_clusterer(...)), or load one."
         )
     if not (found := [lookup for lookup in lookups if lookup.centroids is not None]):
         raise ValueError(
-            f"The MoCLE adapter {lookups[0].adapter_name!r} carries no centroids, so that the clusters of prompts cannot "
-            "be found. Make it from a clustering, by MoCLEConfig.from_clusterer(...); or pass cluster_ids."
+            f"The MoCLE adapter {lookups[0].adapter_name!r} carries no centroids, so that the clusters of prompts "
+            "cannot be found. Make it from a clustering, by MoCLEConfig.from_clusterer(...); or pass cluster_ids."
         )
     return found
 

@@ -1,5 +1,5 @@
-"""MoCLE as ordinary LoRA: one adapter for a cluster, or one for each different mixture of experts with a table that says
-which cluster needs which, and `ClusterAdapterRouter`, which picks the adapter of a text by that table."""
+"""MoCLE as ordinary LoRA: one adapter for a cluster, or one for each different mixture of experts with a table that
+says which cluster needs which, and `ClusterAdapterRouter`, which picks the adapter of a text by that table."""
 
 from __future__ import annotations
 
@@ -72,7 +72,8 @@ class ClusterAdapterRouter:
     def __init__(self, clusterer: InstructionClusterer, adapters: Sequence[str]) -> None:
         if len(adapters) != clusterer.num_clusters:
             raise ValueError(
-                f"There are {clusterer.num_clusters} clusters, but {len(adapters)} adapters were named. Name one per cluster."
+                f"There are {clusterer.num_clusters} clusters, but {len(adapters)} adapters were named. Name one per "
+                "cluster."
             )
         self.clusterer = clusterer
         self.adapters = tuple(adapters)
@@ -88,16 +89,17 @@ class ClusterAdapterRouter:
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
     ) -> ClusterAdapterRouter:
-        """The router of an export in a folder or on the Hub; only `clusters.json` is read, and the encoder when needed.
+        """The router of an export in a folder or on the Hub, of which only `clusters.json` is read.
 
         Args:
             pretrained_model_name_or_path (`str` or `Path`): what [`export_all`] wrote: a folder, or an id on the Hub.
-            encoder (`str`, `Path` or `SentenceEncoder`, *optional*): where to find the encoder instead, e.g. a local copy.
+            encoder (`str`, `Path` or `SentenceEncoder`, *optional*): where to find the encoder instead, e.g. a local
+            copy.
             revision, token, cache_dir, local_files_only: as everywhere on the Hub.
 
         Raises:
             ValueError: the export holds no centroids, is damaged, or was written in a newer format.
-            OSError: there is no such folder and nothing to be had from the Hub.
+            OSError: there is no such folder, and the Hub does not give the file.
         """
         name = str(pretrained_model_name_or_path)
         options = {
@@ -117,7 +119,9 @@ class ClusterAdapterRouter:
             )
         centroids = torch.tensor(table["centroids"], dtype=torch.float32)
         if checksum(centroids) != table["centroids_sha256"] or len(table["adapters"]) != len(centroids):
-            raise damaged(name, TABLE_FILE, "the centroids are not those that were written, or some adapters are missing")
+            raise damaged(
+                name, TABLE_FILE, "the centroids are not those that were written, or some adapters are missing"
+            )
         clusterer = InstructionClusterer(
             centroids,
             encoder=encoder,
@@ -145,32 +149,34 @@ class ClusterAdapterRouter:
 def export_cluster_lora(
     model: nn.Module, cluster: int | None, path: str | Path, *, adapter_name: str | None = None
 ) -> Path:
-    """Write what a MoCLE adapter does for one cluster as an ordinary LoRA adapter, which PEFT loads without this package.
+    """Write what a MoCLE adapter does for one cluster as a LoRA adapter, which PEFT loads without this package.
 
-    With the cluster fixed a linear computes `W x + s Σ_k w_k B_k A_k x` with constant weights, which is one LoRA: its A is
-    the A_k stacked, its B is the `s w_k B_k` side by side. So its rank is `(top_k + 1) · r` (`top_k · r` without universal
-    expert) and its scaling, `lora_alpha / r`, is 1 in every linear. Experts of weight 0 keep their place.
+    With the cluster fixed a linear computes `W x + s Σ_k w_k B_k A_k x` with constant weights, which is one LoRA: its
+    A is the A_k stacked, its B is the `s w_k B_k` side by side. So its rank is `(top_k + 1) · r` (`top_k · r` without
+    universal expert) and its scaling, `lora_alpha / r`, is 1 in every linear. Experts of weight 0 keep their place.
 
-    The products `s w_k B_k` are computed in float64 and rounded once: to float32, or to the dtype of the experts where that
-    is bfloat16 or float16. In float32 the outputs then agree with MoCLE up to the order of summation; in half precision
-    also up to the rounding of B, a relative error of 2⁻⁹ (bfloat16) or 2⁻¹² (float16) per entry. The gates are evaluated as
-    in eval mode, without noise, whatever mode the model is in.
+    The products `s w_k B_k` are computed in float64 and rounded once: to float32, or to the dtype of the experts where
+    that is bfloat16 or float16. In float32 the outputs then agree with MoCLE up to the order of summation; in half
+    precision also up to the rounding of B, a relative error of 2⁻⁹ (bfloat16) or 2⁻¹² (float16) per entry. The gates
+    are evaluated as in eval mode, without noise, whatever mode the model is in.
 
     Args:
-        model (`nn.Module`): a `PeftModel`, or a model that was adapted by `add_adapter` or `load_adapter` of transformers.
+        model (`nn.Module`): a `PeftModel`, or a model that was adapted by `add_adapter` or `load_adapter` of
+        transformers.
         cluster (`int` or `None`): which cluster; `None`: the universal expert alone, with weight 1.
         path (`str` or `Path`):
-            The folder to write, made if it is not there. An earlier export is replaced; other files in its folder stay.
+            The folder to write, made if it is not there. An earlier export is replaced; other files in its folder
+            stay.
         adapter_name (`str`, *optional*): which adapter; by default the active one.
 
     Returns:
-        `Path`: the folder, with `adapter_config.json`, `adapter_model.safetensors` and `README.md`. The configuration is
-        written last, so that a folder without it is no whole adapter.
+        `Path`: the folder, with `adapter_config.json`, `adapter_model.safetensors` and `README.md`. The configuration
+        is written last, so that a folder without it is no whole adapter.
 
     Raises:
         TypeError: `cluster` is no whole number.
-        ValueError: there is no such cluster, no universal expert, no such MoCLE adapter, the weights are not whole in this
-            process, or `path` is a file or holds something else than an export.
+        ValueError: there is no such cluster, no universal expert, no such MoCLE adapter, the weights are not whole in
+            this process, or `path` is a file or holds something else than an export.
 
     Example:
 
@@ -180,10 +186,13 @@ def export_cluster_lora(
     >>> PeftModel.from_pretrained(base_model, "adapter-of-cluster-3").merge_and_unload()
     ```
     """
+    if isinstance(cluster, bool):
+        raise TypeError(f"cluster must be the number of a cluster, but is {cluster!r}.")
+    number = None if cluster is None else operator.index(cluster)
     adapter = _Adapter.find(model, adapter_name)
-    mixtures = adapter.mixtures(cluster)
+    mixtures = adapter.mixtures(number)
     folder = _usable_folder(path)
-    _write_adapter(folder, adapter, mixtures, UNIVERSAL if cluster is None else str(operator.index(cluster)))
+    _write_adapter(folder, adapter, mixtures, UNIVERSAL if number is None else str(number))
     return folder
 
 
@@ -191,13 +200,13 @@ def export_all(model: nn.Module, path: str | Path, *, adapter_name: str | None =
     """Write an ordinary LoRA adapter for every different mixture of experts, and the table from clusters to adapters.
 
     Clusters whose experts and weights are equal in all linears share one adapter, `cluster_<the lowest of their ids>`.
-    `clusters.json` is what [`ClusterAdapterRouter`] reads; it is written last, and with the centroids if the adapter has
-    them. A server needs only the adapters.
+    `clusters.json` is what [`ClusterAdapterRouter`] reads; it is written last, and with the centroids if the adapter
+    has them. A server needs only the adapters.
 
     Args:
         model (`nn.Module`), adapter_name (`str`, *optional*): see [`export_cluster_lora`].
         path (`str` or `Path`):
-            The folder to write into, made if it is not there. An earlier export in it is replaced, nothing else touched.
+            The folder to write into, made if it is not there. Only an earlier export in it is replaced.
 
     Returns:
         `list[Path]`: the folders of the adapters, in the order of their clusters.
@@ -284,7 +293,11 @@ class _Adapter:
                     "(universal_expert=False). Name a cluster."
                 )
             return dict.fromkeys(self.layers, ((self.config.num_experts, 1.0),))
-        cluster = self._checked(cluster)
+        if not 0 <= cluster < self.config.num_clusters:
+            raise ValueError(
+                f"cluster must be between 0 and {self.config.num_clusters - 1} (num_clusters="
+                f"{self.config.num_clusters}), but is {cluster}."
+            )
         by_scope: dict[str, Mixture] = {}
         for layer in self.layers.values():
             scope = layer.scopes[self.name]
@@ -302,22 +315,6 @@ class _Adapter:
             pairs = zip(output.top_k_index[0].tolist(), output.top_k_weights[0].tolist(), strict=True)
             by_scope[scope.name] = tuple(sorted(pairs))
         return {name: by_scope[layer.scopes[self.name].name] for name, layer in self.layers.items()}
-
-    def _checked(self, cluster: Any) -> int:
-        try:
-            number = operator.index(cluster)
-        except TypeError as error:
-            raise TypeError(
-                f"cluster must be a whole number, or None for the universal expert alone, but is {cluster!r}."
-            ) from error
-        if isinstance(cluster, bool):
-            raise TypeError(f"cluster must be the number of a cluster, but is {cluster!r}.")
-        if not 0 <= number < self.config.num_clusters:
-            raise ValueError(
-                f"cluster must be between 0 and {self.config.num_clusters - 1} (num_clusters={self.config.num_clusters}), "
-                f"but is {number}."
-            )
-        return number
 
     def lora_tensors(self, mixtures: dict[str, Mixture]) -> dict[str, torch.Tensor]:
         """A `(K · R, D)` and B `(O, K · R)` of each linear, under the keys of PEFT."""
@@ -401,7 +398,8 @@ def _active_adapter(layers: dict[str, MoCLELayer], present: list[str]) -> str:
     active = {name for layer in layers.values() for name in layer.active_adapters if name in layer.mocle_A}
     if len(active) != 1:
         raise ValueError(
-            f"{len(active)} of the MoCLE adapters {present} are active. Say which one to export: adapter_name={present[0]!r}."
+            f"{len(active)} of the MoCLE adapters {present} are active. Say which one to export: "
+            f"adapter_name={present[0]!r}."
         )
     return active.pop()
 
@@ -440,11 +438,9 @@ def _usable_folder(path: str | Path) -> Path:
     found = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
     found = [name for name in found if not name.startswith(STAGING_PREFIX)]
     if found and not _is_export(folder):
-        kind = _adapter_type(folder / CONFIG_NAME)
-        what = f"a {kind} adapter" if kind else ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
         raise ValueError(
-            f"{str(folder)!r} holds {what} that no export has written, and it is not overwritten. Give another path, or "
-            "empty the folder."
+            f"{str(folder)!r} holds {', '.join(found[:5])}{', ...' if len(found) > 5 else ''}, which no export has "
+            "written, and is not overwritten. Give another path, or empty the folder."
         )
     return folder
 
@@ -459,16 +455,9 @@ def _is_export(folder: Path) -> bool:
         return False
 
 
-def _adapter_type(config_file: Path) -> str | None:
-    try:
-        return str(json.loads(config_file.read_text(encoding="utf-8"))["peft_type"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
 def _write_adapter(folder: Path, adapter: _Adapter, mixtures: dict[str, Mixture], clusters: str) -> None:
-    """Write beside the old files and then replace them one by one, the configuration removed first and put in last: without
-    it nothing takes the folder for an adapter."""
+    """Write beside the old files and then replace them one by one, the configuration removed first and put in last:
+    without it nothing takes the folder for an adapter."""
     from safetensors.torch import save_file
 
     config = adapter.lora_config(mixtures)
@@ -503,11 +492,8 @@ def _card(adapter: _Adapter, config: LoraConfig, clusters: str) -> ModelCard:
     if clusters == UNIVERSAL:
         title, what = "Universal expert", "the universal expert of a MoCLE adapter, for texts of no known cluster"
     else:
-        several = "," in clusters
-        title = f"{'Clusters' if several else 'Cluster'} {clusters.replace(',', ', ')}"
-        what = (
-            f"what a MoCLE adapter computes for the instructions of {'these clusters' if several else 'this cluster'}"
-        )
+        title = f"{'Clusters' if ',' in clusters else 'Cluster'} {clusters.replace(',', ', ')}"
+        what = "what a MoCLE adapter computes for the instructions of the clusters that the title names"
     loading = 'PeftModel.from_pretrained(base_model, "<this folder>")'
     return ModelCard(
         f"""---
@@ -517,8 +503,8 @@ def _card(adapter: _Adapter, config: LoraConfig, clusters: str) -> ModelCard:
 # {title} of a MoCLE adapter, as ordinary LoRA
 
 This adapter is {what}, folded into one
-LoRA of rank {config.r} with `lora_alpha / r = 1`. No approximation is made; values are rounded once, to the dtype of the
-file. Base model: {f"`{base}`" if base else "not recorded"}.
+LoRA of rank {config.r} with `lora_alpha / r = 1`. No approximation is made; values are rounded once, to the dtype of
+the file. Base model: {f"`{base}`" if base else "not recorded"}.
 
 PEFT loads it, and any server that takes LoRA adapters; `peft_moe` is not needed:
 

@@ -115,8 +115,8 @@ def check_text_settings(template: str, instruction_pattern: str | None) -> None:
     """Raise `ValueError` unless the template has one place for the instruction, and the pattern one group."""
     if template.count(PLACE_OF_INSTRUCTION) != 1:
         raise ValueError(
-            f"The template of instructions has to contain {PLACE_OF_INSTRUCTION!r} exactly once, where the instruction "
-            f"goes, but is {template!r}."
+            f"The template of instructions has to contain {PLACE_OF_INSTRUCTION!r} exactly once, where the "
+            f"instruction goes, but is {template!r}."
         )
     compile_instruction_pattern(instruction_pattern)
 
@@ -135,8 +135,8 @@ def compile_instruction_pattern(pattern: str | re.Pattern[str] | None) -> re.Pat
         raise ValueError(f"instruction_pattern {pattern!r} is no regular expression: {error}.") from error
     if compiled.groups != 1:
         raise ValueError(
-            f"instruction_pattern {compiled.pattern!r} has {compiled.groups} groups, but needs exactly one, around the "
-            "instruction. Write groups that are for structure only as (?:...)."
+            f"instruction_pattern {compiled.pattern!r} has {compiled.groups} groups, but needs exactly one, around "
+            "the instruction. Write groups that are for structure only as (?:...)."
         )
     return compiled
 
@@ -144,19 +144,19 @@ def compile_instruction_pattern(pattern: str | re.Pattern[str] | None) -> re.Pat
 class PromptReader:
     r"""Reads the instruction back out of the token ids that a model receives.
 
-    For prompts made with the chat template of the tokenizer the result equals [`instruction_text`] of the chat, with or
-    without system prompt, answer, further turns, padding and repeated image tokens. The template is rendered once with
-    a marked turn (and once more behind a marked system prompt); what it writes around the marks is looked for in the
-    prompt, and the first user turn counts.
+    For prompts made with the chat template of the tokenizer the result equals [`instruction_text`] of the chat, with
+    or without system prompt, answer, further turns, padding and repeated image tokens. The template is rendered once
+    with a marked turn (and once more behind a marked system prompt); what it writes around the marks is looked for in
+    the prompt, and the first user turn counts.
 
     Without template and pattern the whole text counts, without special tokens; where labels are given, only the tokens
     before the first label that is not -100, so that the answer does not take part. So does a text in which nothing of
     the template occurs: it is no chat.
 
-    Three things cannot be undone: what truncation cut off (where the first user turn is gone whole, the second counts);
-    what a tokenizer does not keep (such as upper case); and a system prompt that the template writes into the user turn
-    without a mark (Gemma 3), which is read as part of the instruction. Special tokens inside the turn are taken for
-    image tokens and the like, and left out.
+    Three things cannot be undone: what truncation cut off (where the first user turn is gone whole, the second
+    counts); what a tokenizer does not keep (such as upper case); and a system prompt that the template writes into the
+    user turn without a mark (Gemma 3), which is read as part of the instruction. Special tokens inside the turn are
+    taken for image tokens and the like, and left out.
 
     Args:
         tokenizer: a tokenizer, or a processor that has one.
@@ -298,7 +298,7 @@ class _MarkedTurn:
 
 
 def _render(template_owner: Any, *marks: str) -> str | None:
-    """The marks as the texts of a chat; `None` if the template refuses it, or does not write all of them in this order."""
+    """The marks as the texts of a chat; `None` if the template refuses it, or does not write them in this order."""
     parts = [[{"type": "text", "text": mark}] for mark in marks]
     for contents in (marks, parts):
         chat = [{"role": ROLES[mark], "content": content} for mark, content in zip(marks, contents, strict=True)]

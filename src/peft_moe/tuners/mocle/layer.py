@@ -21,9 +21,9 @@ from .config import MoCLEConfig
 class MoCLELayer(LoraExpertsLayer):
     """A linear with stacked LoRA experts, the universal one last.
 
-    Keys of a saved adapter, C clusters, E experts: `mocle_A.weight` `(E + 1, R, D)`, `mocle_B.weight` `(E + 1, R, O)`; in
-    the first linear of each layer `mocle_gate.weight` `(E, C')` and perhaps `mocle_gate.bias` `(E,)`; in the first linear
-    of the model (by default) `mocle_embedding.weight` `(C, C')` and `mocle_centroids.weight` `(C, C')`.
+    Keys of a saved adapter, C clusters, E experts: `mocle_A.weight` `(E + 1, R, D)`, `mocle_B.weight` `(E + 1, R, O)`;
+    in the first linear of each layer `mocle_gate.weight` `(E, C')` and perhaps `mocle_gate.bias` `(E,)`; in the first
+    linear of the model (by default) `mocle_embedding.weight` `(C, C')` and `mocle_centroids.weight` `(C, C')`.
     """
 
     prefix = "mocle_"
@@ -42,6 +42,9 @@ class MoCLELayer(LoraExpertsLayer):
     def __init__(self, base_layer: nn.Module, name: str, recorder: RoutingRecorder) -> None:
         super().__init__(base_layer, name, recorder)
         self.scopes: dict[str, GateScope] = {}
+        self.mocle_A = nn.ModuleDict()
+        self.mocle_B = nn.ModuleDict()
+        self.mocle_dropout = nn.ModuleDict()
         self.mocle_gate = nn.ModuleDict()
         self.mocle_embedding = nn.ModuleDict()
         self.mocle_centroids = nn.ModuleDict()
@@ -57,7 +60,7 @@ class MoCLELayer(LoraExpertsLayer):
         owns_embedding: bool,
         owns_centroids: bool,
     ) -> None:
-        """Add an adapter, or replace one of the same name.
+        """Add an adapter, or replace one of the same name; not yet on the right device.
 
         Args:
             adapter_name (`str`), config (`MoCLEConfig`): which adapter.
@@ -87,8 +90,6 @@ class MoCLELayer(LoraExpertsLayer):
             self.mocle_embedding[adapter_name] = _new_embedding(config)
         if owns_centroids:
             self.mocle_centroids[adapter_name] = scope.lookup.centroids = _new_centroids(config)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def dispatch(
         self, adapter_name: str, x: torch.Tensor, hidden_states: torch.Tensor
@@ -104,8 +105,8 @@ class MoCLELayer(LoraExpertsLayer):
         """Raise `ValueError`: each cluster would need another weight."""
         raise ValueError(
             f"'{self.name}': experts that are chosen by the cluster of each example cannot be merged into one weight. "
-            "Keep the adapter; or write an ordinary LoRA adapter for one cluster by `export_cluster_lora`, which is exact "
-            "for it and can be merged; or, to drop the adapter, use `unload()`."
+            "Keep the adapter; or write an ordinary LoRA adapter for one cluster by `export_cluster_lora`, which is "
+            "exact for it and can be merged; or, to drop the adapter, use `unload()`."
         )
 
 
@@ -134,13 +135,15 @@ class _Dispatches:
             weights = None if weights is None else weights.repeat_interleave(copies, dim=0)
         if tokens_per_example == 0:
             index, weights, tokens_per_example = index[:0], None if weights is None else weights[:0], 1
-        return Dispatch(DispatchPlan.from_index(index, self.num_stacked, tokens_per_example=tokens_per_example), weights)
+        return Dispatch(
+            DispatchPlan.from_index(index, self.num_stacked, tokens_per_example=tokens_per_example), weights
+        )
 
     def _by_token(self, num_tokens: int, segments: torch.Tensor) -> Dispatch:
         if segments.shape[0] != num_tokens:
             raise ValueError(
-                f"The position_ids of this batch tell {segments.shape[0]} packed tokens, but a layer got {num_tokens}. "
-                "Packed examples can be routed only in layers that see all their tokens."
+                f"The position_ids of this batch tell {segments.shape[0]} packed tokens, but a layer got "
+                f"{num_tokens}. Packed examples can be routed only in layers that see all their tokens."
             )
         index, weights = self.output.top_k_index, self.output.top_k_weights
         segments = segments.to(index.device)
@@ -151,9 +154,9 @@ class _Dispatches:
 class GateScope:
     """The linears that follow one gate.
 
-    The first of them that is called for a batch asks the gate, the others take over its answer: so noise is drawn once,
-    and what a recomputation by gradient checkpointing computes is what the first forward computed. A call of `generate`
-    asks once for all of its steps.
+    The first of them that is called for a batch asks the gate, the others take over its answer: so noise is drawn
+    once, and what a recomputation by gradient checkpointing computes is what the first forward computed. A call of
+    `generate` asks once for all of its steps.
 
     Args:
         name (`str`): name of the layer (of the linear, with `gate_scope="module"`).
@@ -239,10 +242,11 @@ class GateScope:
         gate, embedding = self.gate, self.embedding
         if is_sharded(embedding.weight) and not is_gathered_when_called(embedding):
             raise RuntimeError(
-                f"The layers of the MoCLE adapter {self.lookup.adapter_name!r} share a table of cluster embeddings, but "
-                f"FSDP holds it in the group of the first one, and '{self.name}' cannot read it. Give it a group of its own: "
-                "fully_shard(module) for each ClusterEmbedding before the layers (in a config of accelerate: add "
-                "ClusterEmbedding to fsdp_transformer_layer_cls_to_wrap). Or use cluster_embedding_scope='layer'."
+                f"The layers of the MoCLE adapter {self.lookup.adapter_name!r} share a table of cluster embeddings, "
+                f"but FSDP holds it in the group of the first one, and '{self.name}' cannot read it. Give it a group "
+                "of its own: fully_shard(module) for each ClusterEmbedding before the layers (in a config of "
+                "accelerate: add ClusterEmbedding to fsdp_transformer_layer_cls_to_wrap). Or use "
+                "cluster_embedding_scope='layer'."
             )
         embedded = embedding(clusters.ids_on(_device_of(embedding.weight, clusters.ids)))
         return gate(embedded.to(_device_of(gate.weight, embedded)))

@@ -68,8 +68,8 @@ class MoCLEModel(LoraExpertsModel):
         open_entrance(model, self.recorder)
 
     def _siblings(self, config: MoCLEConfig) -> list[ClusterLookup]:
-        """Those of the adapters with the same centroids. trl makes a reference adapter from the configuration alone: it
-        has the checksum of the centroids, but neither the centroids nor what finds the clusters of prompts."""
+        """Those of the adapters with the same centroids. trl makes a reference adapter from the configuration alone:
+        it has the checksum of the centroids, but neither the centroids nor what finds the clusters of prompts."""
         if config.centroids_sha256 is None:
             return []
         return [found for found in lookups_of(self.model) if found.config.centroids_sha256 == config.centroids_sha256]
@@ -108,10 +108,10 @@ class MoCLEModel(LoraExpertsModel):
             wanted = "MLP"
         if not names:
             raise ValueError(
-                f"MoCLE found no {wanted} in {type(self.model).__name__}. It looks for linears with usual names such as "
-                "gate_proj/up_proj/down_proj, fc1/fc2 or q_proj/v_proj; name yours in target_modules."
+                f"MoCLE found no {wanted} in {type(self.model).__name__}. It looks for linears with usual names such "
+                "as gate_proj/up_proj/down_proj, fc1/fc2 or q_proj/v_proj; name yours in target_modules."
             )
-        peft_config.target_modules = self._select_some(names, peft_config)
+        peft_config.target_modules = self._select(names, peft_config)
         return peft_config
 
     def _prepare_model(self, peft_config: MoCLEConfig, model: nn.Module) -> None:
@@ -167,8 +167,8 @@ class MoCLEModel(LoraExpertsModel):
             if ".mocle_centroids." in name and expected is not None and checksum(tensor) != expected:
                 raise ValueError(
                     f"The centroids in the file of the adapter {adapter_name!r} are not those that its "
-                    "adapter_config.json names (centroids_sha256): prompts would be sent to the wrong experts. Nothing was "
-                    "loaded. One of the two files was changed or comes from elsewhere; fetch both again."
+                    "adapter_config.json names (centroids_sha256): prompts would be sent to the wrong experts. "
+                    "Nothing was loaded. One of the two files was changed or comes from elsewhere; fetch both again."
                 )
         return remapped
 

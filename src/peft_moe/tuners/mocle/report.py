@@ -53,12 +53,13 @@ class ClusterReport:
     def __str__(self) -> str:
         total, num_empty = sum(self.sizes), self.sizes.count(0)
         lines = [
-            f"{total} texts in {len(self.sizes)} clusters of {min(self.sizes)} to {max(self.sizes)}, {num_empty} empty."
+            f"{total} texts in {len(self.sizes)} clusters of {min(self.sizes)} to {max(self.sizes)}, {num_empty} "
+            "empty."
         ]
         if self.domain_counts is not None:
             lines.append(
-                f"Clusters and domains: adjusted Rand index {self.adjusted_rand_index:.3f} (1 = the same grouping, 0 = "
-                f"chance), purity {self.purity:.3f}."
+                f"Clusters and domains: adjusted Rand index {self.adjusted_rand_index:.3f} (1 = the same grouping, 0 "
+                f"= chance), purity {self.purity:.3f}."
             )
         counts = self.domain_counts or {}
         header = ["cluster", "texts", "share", *counts, "typical"]

@@ -16,16 +16,16 @@ ATTENTION = "attention"
 class MoLEConfig(LoraExpertsConfig):
     """Configuration of a [`MoLEModel`]: every MLP gets a router and a few LoRA experts, each token uses its best ones.
 
-    After LLaVA-MoLE (https://huggingface.co/papers/2401.16160). `docs/methods/mole.md` maps the symbols of the paper to
-    these fields and lists every place where paper and released code differ.
+    After LLaVA-MoLE (https://huggingface.co/papers/2401.16160). `docs/methods/mole.md` maps the symbols of the paper
+    to these fields and lists every place where paper and released code differ.
 
     Args:
         num_experts (`int`):
             LoRA experts per MLP (E). Paper: 3. With 1 there is no router, MoLE is LoRA, and the fields about routing
             have no effect.
         top_k (`int`):
-            Experts per token (K). Paper: 1. The default of 2, weighted by probability, was better on real data in every
-            seed (`docs/log.md`).
+            Experts per token (K). Paper: 1. The default of 2, weighted by probability, was better on real data in
+            every seed (`benchmarks/studies/log.md`).
         r (`int`):
             Rank of each expert. Released code: 32.
         lora_alpha (`int`):
@@ -38,14 +38,15 @@ class MoLEConfig(LoraExpertsConfig):
             Linears that get experts: names, name endings, a regular expression, or `"all-linear"`. By default the
             linears of every MLP of the (text) model, found by their structure.
         lora_target_modules (`Union[list[str], str]`, *optional*):
-            Linears that get one ordinary LoRA of the same rank. `"attention"` (default, as in the paper) finds those of
-            the attention blocks; `None` turns it off.
+            Linears that get one ordinary LoRA of the same rank. `"attention"` (default, as in the paper) finds those
+            of the attention blocks; `None` turns it off.
         router_scope (`"mlp"` or `"module"`):
             One router per MLP, which reads the MLP's input and is shared by its linears (default, paper), or one per
             linear.
         gate_scale (`"none"`, `"straight_through"` or `"prob"`):
             What an expert's output is multiplied with: 1 (paper), 1 with a gradient to the router, or its probability
-            (default, `docs/log.md`). With `"none"` routers learn from the router losses only, one of which must be on.
+            (default, `benchmarks/studies/log.md`). With `"none"` routers learn from the router losses only, one of
+            which must be on.
         soft (`bool`):
             Use all experts, weighted by probability (the released inference). `top_k` and `gate_scale` are ignored.
         normalize_top_k (`bool`):
@@ -65,9 +66,9 @@ class MoLEConfig(LoraExpertsConfig):
         router_aux_loss_type (`"switch"`, `"pooled"` or `"mole"`):
             Its form, see [`~peft_moe.aux_loss.load_balancing_loss`]. `"mole"` is that of the released code.
         router_aux_loss_scope (`"process"` or `"global"`):
-            Whose tokens are balanced in a distributed run: those of each process by itself, or those of all processes in
-            the same forward pass, by two small all-reduces. `"global"` lets a process specialise on the kind of data that
-            it happens to get, and is not for `"mole"`, which balances each sample by itself.
+            Whose tokens are balanced in a distributed run: those of each process by itself, or those of all processes
+            in the same forward pass, by two small all-reduces. `"global"` lets a process specialise on the kind of
+            data that it happens to get, and is not for `"mole"`, which balances each sample by itself.
         router_z_loss_coef (`float`):
             Weight of the router z-loss. 0 turns it off.
         num_experts_pattern (`dict[str, int]`):
@@ -77,8 +78,10 @@ class MoLEConfig(LoraExpertsConfig):
             Other ranks and alphas for linears whose name matches.
         exclude_modules (`Union[list[str], str]`, *optional*):
             Linears to leave alone.
-        layers_to_transform (`Union[list[int], int]`, *optional*), layers_pattern (`Union[list[str], str]`, *optional*):
+        layers_to_transform (`Union[list[int], int]`, *optional*):
             Only these layers of the module list that `layers_pattern` names.
+        layers_pattern (`Union[list[str], str]`, *optional*):
+            Name of that list.
         modules_to_save (`list[str]`, *optional*):
             Further modules to train in full and to save, e.g. a multi-modal projector.
         init_lora_weights (`bool` or `"gaussian"`):
@@ -167,9 +170,9 @@ class MoLEConfig(LoraExpertsConfig):
         has_router_loss = self.router_aux_loss_coef or self.router_z_loss_coef
         if self.gate_scale == "none" and has_routers and not (self.soft or has_router_loss or self.inference_mode):
             problems.append(
-                "gate_scale='none' together with router_aux_loss_coef=0 and router_z_loss_coef=0 leaves routers without any "
-                "gradient: they would stay as they are initialised. Use gate_scale='prob' or 'straight_through', or give "
-                "one of the two losses a coefficient."
+                "gate_scale='none' together with router_aux_loss_coef=0 and router_z_loss_coef=0 leaves routers "
+                "without any gradient: they would stay as they are initialised. Use gate_scale='prob' or "
+                "'straight_through', or give one of the two losses a coefficient."
             )
         if self.num_experts_pattern and self.router_aux_loss_type != "switch" and self.router_aux_loss_coef:
             problems.append(

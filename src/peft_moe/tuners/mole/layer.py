@@ -1,4 +1,4 @@
-"""A frozen linear with LoRA experts."""
+"""A frozen linear with LoRA experts, and the decision of a router that the linears of an MLP share."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from .config import MoLEConfig
 class RouterScope:
     """The linears that follow one router, in the order in which they were found; the first one owns the router.
 
-    The owner leaves its decision here in each forward, the others take it, each once. What is left over or missing shows
-    that the linears were not called as one MLP, which is an error and not a reason to guess.
+    The owner leaves its decision here in each forward, the others take it, each once. What is left over or missing
+    shows that the linears were not called as one MLP, which is an error and not a reason to guess.
 
     Args:
         name (`str`): name of the MLP (or of the linear, with `router_scope="module"`).
@@ -43,6 +43,7 @@ class RouterScope:
 
     def leave(self, dispatch: Dispatch) -> None:
         """Called by the owner."""
+        # also where a recomputation by gradient checkpointing begins the MLP anew
         self._waiting = set(self.members[1:])
         self._dispatch = dispatch if self._waiting else None
 
@@ -58,7 +59,8 @@ class RouterScope:
         if dispatch.plan.num_tokens != num_tokens:
             raise RuntimeError(
                 f"'{member}' received {num_tokens} tokens, but the router of '{self.members[0]}' routed "
-                f'{dispatch.plan.num_tokens}. Use MoLEConfig(router_scope="module"), which gives each linear its own router.'
+                f'{dispatch.plan.num_tokens}. Use MoLEConfig(router_scope="module"), which gives each linear its own '
+                "router."
             )
         self._waiting.discard(member)
         if not self._waiting:
@@ -74,6 +76,7 @@ class MoLELayer(LoraExpertsLayer):
     """
 
     prefix = "mole_"
+    # PEFT takes the parameters of an adapter from the first of these lists, and empties both where one is deleted
     adapter_layer_names: tuple[str, ...] = ("mole_A", "mole_B", "mole_router")
     other_param_names: tuple[str, ...] = (
         "r",
@@ -89,6 +92,9 @@ class MoLELayer(LoraExpertsLayer):
         super().__init__(base_layer, name, recorder)
         self.aux_loss = aux_loss
         self.scopes: dict[str, RouterScope] = {}
+        self.mole_A = nn.ModuleDict()
+        self.mole_B = nn.ModuleDict()
+        self.mole_dropout = nn.ModuleDict()
         self.mole_router = nn.ModuleDict()
 
     def update_layer(
@@ -100,7 +106,7 @@ class MoLELayer(LoraExpertsLayer):
         lora_alpha: float,
         scope: RouterScope | None,
     ) -> None:
-        """Add an adapter, or replace one of the same name.
+        """Add an adapter, or replace one of the same name; not yet on the right device.
 
         Args:
             adapter_name (`str`), config (`MoLEConfig`): which adapter.
@@ -116,8 +122,6 @@ class MoLELayer(LoraExpertsLayer):
             self.scopes[adapter_name] = scope
             if scope.members[0] == self.name:
                 self.mole_router[adapter_name] = _new_router(self.in_features, num_experts, config)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def is_exactly_mergeable(self, adapter_name: str) -> bool:
         """Whether the adapter is one LoRA for every token here."""
@@ -131,30 +135,33 @@ class MoLELayer(LoraExpertsLayer):
         self, adapter_name: str, x: torch.Tensor, hidden_states: torch.Tensor
     ) -> tuple[torch.Tensor, Dispatch | None]:
         """Ask the router, or take over what it decided for an earlier linear of the same MLP."""
-        if adapter_name in self.mole_router:
-            dispatch, output = self._ask_router(adapter_name, x)
-            if self.training:
-                hidden_states = self.aux_loss.inject(
-                    hidden_states,
-                    output.router_logits,
-                    output.counted_index,
-                    adapter_name=adapter_name,
-                    router_name=self.scopes[adapter_name].name,
-                    shape=x.shape[:-1],
-                    is_decoder=self.is_decoder,
-                )
-            return hidden_states, dispatch
-        if adapter_name in self.scopes:
-            return hidden_states, self.scopes[adapter_name].take(self.name, x.shape[:-1].numel())
-        return hidden_states, None
+        scope = self.scopes.get(adapter_name)
+        if scope is None:
+            return hidden_states, None
+        if adapter_name not in self.mole_router:
+            return hidden_states, scope.take(self.name, x.shape[:-1].numel())
+        output = self._ask_router(scope, x)
+        dispatch = Dispatch(DispatchPlan.from_index(output.top_k_index, output.num_experts), output.top_k_weights)
+        scope.leave(dispatch)
+        if self.training:
+            hidden_states = self.aux_loss.inject(
+                hidden_states,
+                output.router_logits,
+                output.counted_index,
+                adapter_name=adapter_name,
+                router_name=scope.name,
+                shape=x.shape[:-1],
+                is_decoder=self.is_decoder,
+            )
+        return hidden_states, dispatch
 
-    def _ask_router(self, adapter_name: str, x: torch.Tensor) -> tuple[Dispatch, RouterOutput]:
-        scope = self.scopes[adapter_name]
+    def _ask_router(self, scope: RouterScope, x: torch.Tensor) -> RouterOutput:
+        adapter_name = scope.adapter_name
         refuse_replica(self)
         if self.training and not torch.compiler.is_compiling():
             refuse_reentrant_checkpointing_under_ddp(self.recorder)
-        output = self.mole_router[adapter_name](x.reshape(-1, self.in_features))
-        check_finite(output.router_logits, f"The router of '{scope.name}' (adapter {scope.adapter_name!r}) got logits")
+        output: RouterOutput = self.mole_router[adapter_name](x.reshape(-1, self.in_features))
+        check_finite(output.router_logits, f"The router of '{scope.name}' (adapter {adapter_name!r}) got logits")
         is_training = self.training and adapter_name in self.aux_loss.functions
         if self.recorder.needs_record(is_training=is_training):
             self.recorder.record(
@@ -165,16 +172,14 @@ class MoLELayer(LoraExpertsLayer):
                 is_training=is_training,
                 is_decoder=self.is_decoder,
             )
-        dispatch = Dispatch(DispatchPlan.from_index(output.top_k_index, output.num_experts), output.top_k_weights)
-        scope.leave(dispatch)
-        return dispatch, output
+        return output
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the only expert of each adapter to the base weight.
 
         Raises:
-            ValueError: an adapter routes tokens here, or the base layer is quantised, or (with `safe_merge`) the merged
-                weight would not be finite.
+            ValueError: an adapter routes tokens here, or the base layer is quantised, or (with `safe_merge`) the
+                merged weight would not be finite.
         """
         for adapter_name in check_adapters_to_merge(self, adapter_names):
             if adapter_name not in self.mole_A:
@@ -183,8 +188,8 @@ class MoLELayer(LoraExpertsLayer):
             merged = weight.data + self.get_delta_weight(adapter_name).to(weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(
-                    f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: '{self.name}' "
-                    "would get weights that are not finite, so nothing was merged here."
+                    f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: "
+                    f"'{self.name}' would get weights that are not finite, so nothing was merged here."
                 )
             weight.data = merged
             self.merged_adapters.append(adapter_name)
@@ -205,7 +210,11 @@ class MoLELayer(LoraExpertsLayer):
     def check_mergeable(self, adapter_name: str) -> torch.Tensor:
         """Return the weight that the adapter can be merged into, or raise `ValueError`."""
         if not self.is_exactly_mergeable(adapter_name):
-            raise ValueError(f"'{self.name}': " + MERGE_IS_IMPOSSIBLE.format(self.num_experts[adapter_name]))
+            raise ValueError(
+                f"'{self.name}': {self.num_experts[adapter_name]} experts that are chosen token by token cannot be "
+                "merged into one weight. Keep the adapter (it is small, and `save_pretrained` stores all of it); or "
+                "train with num_experts=1, which is LoRA and merges exactly; or, to drop the adapter, use `unload()`."
+            )
         weight = self.get_base_layer().weight
         if type(weight) is not nn.Parameter or not weight.dtype.is_floating_point:
             raise ValueError(
@@ -231,10 +240,3 @@ def _new_router(in_features: int, num_experts: int, config: MoLEConfig) -> TopKR
         if router.bias is not None:
             nn.init.zeros_(router.bias)
     return router
-
-
-MERGE_IS_IMPOSSIBLE = (
-    "{} experts that are chosen token by token cannot be merged into one weight. Keep the adapter (it is small, and "
-    "`save_pretrained` stores all of it); or train with num_experts=1, which is LoRA and merges exactly; or, to drop the "
-    "adapter, use `unload()`."
-)

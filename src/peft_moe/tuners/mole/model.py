@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
@@ -15,7 +14,9 @@ from .layer import MoLELayer, RouterScope
 
 
 class MoLEModel(LoraExpertsModel):
-    """Creates a mixture of LoRA experts from a pretrained model (LLaVA-MoLE, https://huggingface.co/papers/2401.16160).
+    """Creates a mixture of LoRA experts from a pretrained model.
+
+    After LLaVA-MoLE (https://huggingface.co/papers/2401.16160).
 
     Args:
         model (`torch.nn.Module`): the model to be adapted.
@@ -36,7 +37,7 @@ class MoLEModel(LoraExpertsModel):
         linear_names = text_linear_names(self.model)
         if peft_config.target_modules is None:
             blocks = find_blocks(linear_names, MLP_BLOCKS)
-            peft_config.target_modules = self._select_some(
+            peft_config.target_modules = self._select(
                 [name for block in blocks.values() for name in block], peft_config
             )
             if not peft_config.target_modules:
@@ -56,7 +57,7 @@ class MoLEModel(LoraExpertsModel):
             return None
         blocks = find_blocks(linear_names, ATTENTION_BLOCKS)
         names = [name for block in blocks.values() for name in block if not is_target(peft_config, name)]
-        return self._select(names, peft_config) or None
+        return self._select(names, peft_config, may_be_empty=True) or None
 
     def _prepare_model(self, peft_config: MoLEConfig, model: nn.Module) -> None:
         """Check every target before the first one is touched, and find out which linears form an MLP."""
@@ -117,14 +118,5 @@ class MoLEModel(LoraExpertsModel):
 
 
 def _is_lora(config: MoLEConfig, name: str) -> Any:
-    if not config.lora_target_modules:
-        return False
-    view = SimpleNamespace(
-        target_modules=config.lora_target_modules,
-        target_parameters=None,
-        exclude_modules=config.exclude_modules,
-        modules_to_save=config.modules_to_save,
-        layers_to_transform=config.layers_to_transform,
-        layers_pattern=config.layers_pattern,
-    )
-    return is_target(view, name)
+    lora_targets = config.lora_target_modules
+    return is_target(config, name, target_modules=lora_targets) if lora_targets else False

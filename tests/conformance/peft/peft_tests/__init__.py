@@ -1,7 +1,7 @@
 """PEFT's own tests as a package: `from conformance.peft.peft_tests.test_config import TestPeftConfig`.
 
-Its modules are those of the source distribution of the installed version; what they fetch or import from elsewhere comes
-from `stand_ins`. Importing it raises `RuntimeError` where the distribution is not in the cache.
+Its modules are those of the source distribution of the installed version; what they fetch or import from elsewhere
+comes from `stand_ins`. Importing it raises `RuntimeError` where the distribution is not in the cache.
 """
 
 import importlib.util
