@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 
 from models.tiny_llava import image_batch, labels_of, tiny_llava
 from peft_moe import MoeTuningStage, MoExtendConfig, MoLEConfig
-from peft_moe.foreign_moe import BASE, RouterRecording, listen_to_routers
+from peft_moe.foreign_moe import BASE, RouterRecording, find_moe_blocks, listen_to_routers
 from peft_moe.models import MoeLlavaForConditionalGeneration
 from peft_moe.monitoring import ExpertLoad, record_expert_load
 from peft_moe.routing_recorder import get_recorder, records_of
@@ -121,7 +122,14 @@ def test_recording_changes_no_bit_and_leaves_nothing(family: MoeFamily):
 def test_choices_come_best_first(family: MoeFamily):
     model = family.build()
     logits, routes = {}, {}
-    with torch.no_grad(), RouterRecordingWithLogits(model, logits):
+
+    def keep(module, args, output, block):
+        scores = [entry for entry in output if isinstance(entry, torch.Tensor) and entry.is_floating_point()]
+        logits[block] = next(e for e in scores if e.shape[-1] == NUM_EXPERTS).reshape(-1, NUM_EXPERTS)
+
+    for block in find_moe_blocks(model)[0].values():
+        model.get_submodule(block.router).register_forward_hook(partial(keep, block=block.name))
+    with torch.no_grad():
         with listen_to_routers(model, lambda forward_pass: routes.update(records_of(forward_pass)[BASE])):
             model(**moe_batch())
     for name, route in routes.items():
@@ -143,32 +151,6 @@ def test_choices_that_a_router_returns_worst_first_are_turned_round():
     # experts add up in another order, so that only the first layer is sure to see the same numbers
     first, turned = (routes["model.layers.0.mlp"].top_k_index for routes in found)
     assert torch.equal(first, turned)
-
-
-class RouterRecordingWithLogits:
-    """Keeps the scores `(T, E)` that the router of each block returns, of whatever form."""
-
-    def __init__(self, model: nn.Module, logits: dict[str, torch.Tensor]) -> None:
-        self.model, self.logits = model, logits
-
-    def __enter__(self):
-        self.handles = [
-            module.register_forward_hook(self._hook(name.rpartition(".")[0]))
-            for name, module in self.model.named_modules()
-            if name.rpartition(".")[2] in ("gate", "router")
-        ]
-
-    def __exit__(self, *error):
-        for handle in self.handles:
-            handle.remove()
-
-    def _hook(self, block):
-        def hook(module, args, output):
-            if isinstance(output, tuple):
-                scores = [entry for entry in output if isinstance(entry, torch.Tensor) and entry.is_floating_point()]
-                self.logits[block] = next(e for e in scores if e.shape[-1] == NUM_EXPERTS).reshape(-1, NUM_EXPERTS)
-
-        return hook
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -76,6 +76,8 @@ def test_generation_with_a_cache_is_generation_without():
 def test_a_saved_adapter_comes_back_to_the_bit_on_every_path(form, tmp_path):
     model = extend_llava(**SETTINGS, calibration=form)
     expected = logits_of(model, **image_batch())
+    with model.disable_adapter():
+        assert torch.equal(logits_of(model, **image_batch()), logits_of(tiny_moe_llava(), **image_batch()))
     model.save_pretrained(tmp_path)
     own = {name: tensor for name, tensor in model.state_dict().items() if "moextend_" in name}
     for settings in ({}, {"low_cpu_mem_usage": True}, {"is_trainable": True}):

@@ -177,6 +177,7 @@ class LargerRouter:
                 for own, child in state["_modules"].items()
             }
         copied: nn.Module = object.__new__(type(module))
+        state.pop("_compiled_call_impl", None)  # bound to the router, as a forward in its __dict__ is
         for own in ("forward", "_old_forward"):
             # a device map of accelerate puts a function that is bound to the router into the place of its forward
             if own in state and not is_bare:
