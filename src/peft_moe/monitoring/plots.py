@@ -65,18 +65,13 @@ def plot_expert_load(
     figure = figure_class(figsize=(num_columns * width + 1.8, num_rows * (height + 0.6) + 0.7), layout="constrained")
     axes = figure.subplots(num_rows, num_columns, sharex=True, sharey=True, squeeze=False)
     grids = {panel: _grid(table, names, num_experts) for panel, table in panels.items()}
-    largest = max(share for grid in grids.values() for row in grid for share in row if not math.isnan(share))
-    drawn = zip(axes.flat, grids.items(), strict=False)
-    images = [_draw_heat_map(axis, grid, panel, largest) for axis, (panel, grid) in drawn]
+    image = _draw_panels(axes, grids)
     for axis in list(axes.flat)[len(grids) :]:
         axis.set_visible(False)
     _label_axes(axes, names, num_experts, num_panels=len(grids))
-    figure.suptitle(title, fontsize=12)
-    colorbar = _add_colorbar(figure, images[0], axes, "share of choices, %")
+    colorbar = _add_colorbar(figure, image, axes, "share of choices, %")
     _mark_balanced(colorbar, {len(counts) for table in panels.values() for counts in table.values()})
-    if path is not None:
-        figure.savefig(path, dpi=150)
-    return figure
+    return _finished(figure, title, path)
 
 
 def plot_modality(
@@ -111,22 +106,17 @@ def plot_modality(
         "image": [entry.image for entry in shares.values()],
     }
     grids = {panel: [_padded(row, num_experts) for row in rows] for panel, rows in panels.items()}
-    largest = max(share for grid in grids.values() for row in grid for share in row if not math.isnan(share))
     width, height = _panel_size(len(names), num_experts)
     figure = figure_class(figsize=(4 * width + 3.2, height + 1.3), layout="constrained")
     axes = figure.subplots(1, 4, sharex=True, sharey=True, squeeze=False)
-    drawn = zip(axes.flat, grids.items(), strict=False)
-    images = [_draw_heat_map(axis, grid, panel, largest) for axis, (panel, grid) in drawn]
+    image = _draw_panels(axes, grids)
     fractions = [_padded(entry.image_fraction, num_experts) for entry in shares.values()]
     preference = _draw_heat_map(axes[0, 3], fractions, "image part of each expert", 1.0, colormap=PREFERENCE)
     _label_axes(axes, names, num_experts, num_panels=4)
-    figure.suptitle(title, fontsize=12)
-    colorbar = _add_colorbar(figure, images[0], axes[0, :3], "share of tokens, %")
+    colorbar = _add_colorbar(figure, image, axes[0, :3], "share of tokens, %")
     _mark_balanced(colorbar, {len(entry.text) for entry in shares.values()})
     _add_colorbar(figure, preference, axes[0, 3], "image part, % (50: neutral)", fraction=0.15)
-    if path is not None:
-        figure.savefig(path, dpi=150)
-    return figure
+    return _finished(figure, title, path)
 
 
 def plot_pathways(
@@ -186,10 +176,7 @@ def plot_pathways(
     figure.legend(
         *axes[0, 1].get_legend_handles_labels(), loc="outside lower right", ncols=2, fontsize=8, frameon=False
     )
-    figure.suptitle(title or f"The {n} most common pathways", fontsize=12)
-    if path is not None:
-        figure.savefig(path, dpi=150)
-    return figure
+    return _finished(figure, title or f"The {n} most common pathways", path)
 
 
 def _figure_class(function: str) -> type[Figure]:
@@ -200,6 +187,20 @@ def _figure_class(function: str) -> type[Figure]:
             f"{function} draws with matplotlib, which is not installed. Run `pip install peft-moe[plots]`."
         ) from error
     return Figure
+
+
+def _finished(figure: Figure, title: str, path: str | os.PathLike[str] | None) -> Figure:
+    figure.suptitle(title, fontsize=12)
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    return figure
+
+
+def _draw_panels(axes: Any, grids: dict[str, list[list[float]]]) -> Any:
+    """Heat maps on one colour scale; the first of them, for the colour bar."""
+    largest = max(share for grid in grids.values() for row in grid for share in row if not math.isnan(share))
+    drawn = zip(axes.flat, grids.items(), strict=False)
+    return [_draw_heat_map(axis, grid, panel, largest) for axis, (panel, grid) in drawn][0]
 
 
 def _panel_size(num_rows: int, num_experts: int) -> tuple[float, float]:

@@ -52,8 +52,10 @@ def expert_load_report(
         raise ValueError("There is no expert load to report: no forward pass was counted.")
     blocks = [_overview(load, panels, by, adapter, dead_threshold)]
     for name, table in panels.items():
+        shares = {router: load_shares(counts) for router, counts in table.items()}
         blocks.append(
-            f"Share of the choices of each router, {by.replace('_', ' ')} **{name}**:\n\n{_shares_table(table)}"
+            f"Share of the choices of each router, {by.replace('_', ' ')} **{name}**:\n\n"
+            + _expert_table(shares, {router: sum(counts) for router, counts in table.items()})
         )
     return "\n\n".join(blocks) + "\n"
 
@@ -75,8 +77,8 @@ def modality_report(load: ExpertLoad, *, adapter: str | None = None) -> str:
     ```
     """
     shares = modality_shares(load, adapter=adapter)
-    labels = dict(zip(shares, router_labels(list(shares)), strict=True))
-    distances = [[labels[name], f"{entry.distance:.3f}"] for name, entry in shares.items()]
+    labels = router_labels(list(shares))
+    distances = [[label, f"{entry.distance:.3f}"] for label, entry in zip(labels, shares.values(), strict=True)]
     tables = {
         "Share of each expert, text and image weighing equally": {n: s.balanced for n, s in shares.items()},
         "Part of an expert's tokens that are image tokens, text and image weighing equally (50% = no preference)": {
@@ -87,7 +89,7 @@ def modality_report(load: ExpertLoad, *, adapter: str | None = None) -> str:
     }
     header = ["router", "distance between text and image (0 = alike, 1 = no expert in common)"]
     blocks = [_markdown(header, distances)]
-    blocks += [f"{caption}:\n\n{_percent_table(table, labels)}" for caption, table in tables.items()]
+    blocks += [f"{caption}:\n\n{_expert_table(table)}" for caption, table in tables.items()]
     return "\n\n".join(blocks) + "\n"
 
 
@@ -141,19 +143,6 @@ def pathways_report(pathways: ExpertPathways, *, n: int = 10) -> str:
     return "\n\n".join([_markdown(header, overview), *blocks]) + "\n"
 
 
-def _percent_table(table: Mapping[str, Sequence[float]], labels: Mapping[str, str]) -> str:
-    width = max(map(len, table.values()))
-    rows = [
-        [
-            labels[name],
-            *("–" if math.isnan(value) else f"{value:.1%}" for value in values),
-            *[""] * (width - len(values)),
-        ]
-        for name, values in table.items()
-    ]
-    return _markdown(["router", *(f"expert {index}" for index in range(width))], rows)
-
-
 def _overview(
     load: ExpertLoad, panels: dict[str, dict[str, list[int]]], by: str, adapter: str | None, dead_threshold: float
 ) -> str:
@@ -172,13 +161,15 @@ def _overview(
     return _markdown([by.replace("_", " "), "load entropy (1 = balanced)", "largest share", "dead experts"], rows)
 
 
-def _shares_table(table: dict[str, list[int]]) -> str:
-    width = max(len(counts) for counts in table.values())
+def _expert_table(table: Mapping[str, Sequence[float]], choices: Mapping[str, int] | None = None) -> str:
+    """Router × expert in percent, and how many choices a router made where that is given."""
+    width = max(map(len, table.values()))
+    header = ["router", *(f"expert {index}" for index in range(width)), *(["choices"] if choices else [])]
     rows = []
-    for label, counts in zip(router_labels(list(table)), table.values(), strict=True):
-        shares = [f"{share:.1%}" for share in load_shares(counts)]
-        rows.append([label, *shares, *[""] * (width - len(shares)), str(sum(counts))])
-    return _markdown(["router", *(f"expert {index}" for index in range(width)), "choices"], rows)
+    for label, (name, values) in zip(router_labels(list(table)), table.items(), strict=True):
+        cells = ["–" if math.isnan(value) else f"{value:.1%}" for value in values]
+        rows.append([label, *cells, *[""] * (width - len(cells)), *([str(choices[name])] if choices else [])])
+    return _markdown(header, rows)
 
 
 def _markdown(header: list[str], rows: list[list[str]]) -> str:
