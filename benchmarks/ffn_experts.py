@@ -3,10 +3,10 @@
     OMP_NUM_THREADS=1 python benchmarks/ffn_experts.py --name cpu_ffn_experts
     python benchmarks/ffn_experts.py --device cuda --name cuda_ffn_experts
 
-Contenders: the dense MLP, K times as wide; every implementation of transformers' experts interface that runs here, ours
-among them; and `modules`, the structure of the original: one module per expert, tokens dispatched and combined by einsum
-(as DeepSpeed-MoE does, without dropping). In the whole model the dense contender is a LLaVA whose MLPs are K times as
-wide, so that it has the same active parameters.
+Contenders: the dense MLP, K times as wide; every implementation of transformers' experts interface that runs here,
+ours among them; and `modules`, the structure of the original: one module per expert, tokens dispatched and combined by
+einsum (as DeepSpeed-MoE does, without dropping). In the whole model the dense contender is a LLaVA whose MLPs are K
+times as wide, so that it has the same active parameters.
 
 One process, contenders interleaved round by round, median; the clocks are those of `timing.py`. Outputs and gradients
 are compared with `eager` before any time is printed. `benchmarks/results/<name>.json` is written after each cell.

@@ -3,11 +3,11 @@
     OMP_NUM_THREADS=1 python benchmarks/lora_experts.py --name cpu_fp32
     python benchmarks/lora_experts.py --device cuda --name cuda_lora_experts
 
-One process, contenders interleaved round by round, median and interquartile range. On a CPU the clock is the CPU time of
-the thread; on CUDA it is events on the device, with the L2 cache overwritten before each call, and what can be captured
-is timed as a replayed graph as well. What computes the op is compared with `eager` in float64 before it is timed, and
-has no time where it differs; the command then ends with status 1. `base_again` is a second copy of the bare layer: how
-far its ratio is from 1 is the noise.
+One process, contenders interleaved round by round, median and interquartile range. On a CPU the clock is the CPU time
+of the thread; on CUDA it is events on the device, with the L2 cache overwritten before each call, and what can be
+captured is timed as a replayed graph as well. What computes the op is compared with `eager` in float64 before it is
+timed, and has no time where it differs; the command then ends with status 1. `base_again` is a second copy of the bare
+layer: how far its ratio is from 1 is the noise.
 
 Shapes come in the order of importance. `benchmarks/results/<name>.json` is written after each of them, so that a run
 that is cut off keeps its cells.

@@ -1,4 +1,4 @@
-"""LoRA experts by the kernels of others, taken as they are installed here. Not in this package and not needed by it."""
+"""LoRA experts by the kernels of others, taken as they are installed here. Not needed by this package."""
 
 from __future__ import annotations
 

@@ -11,8 +11,8 @@ NUM_SEQUENCES = 8
 class Shape(NamedTuple):
     """One cell: D, O, T, E, R, K and how the tokens are spread over experts.
 
-    `routing` is `uniform`, `zipf` (expert e has a chance proportional to 1 / (e + 1)), or `sequence`: eight sequences, of
-    which each has the same experts for all its tokens. `forward_only` is inference; a single token always is.
+    `routing` is `uniform`, `zipf` (expert e has a chance proportional to 1 / (e + 1)), or `sequence`: eight sequences,
+    of which each has the same experts for all its tokens. `forward_only` is inference; a single token always is.
     """
 
     in_features: int

@@ -7,8 +7,8 @@
 LoRA has the rank of one expert of MoLE; for MoCLE the rank that is active for an example, expert and universal expert.
 A step is forward and backward, with `--optimizer` that of AdamW too.
 
-Contenders are interleaved in one process for the times; medians, by the clocks of `timing.py`. The memory figure is what a
-step needs beyond the loaded model: on a CPU in a process of its own, on CUDA as the allocator counts it.
+Contenders are interleaved in one process for the times; medians, by the clocks of `timing.py`. The memory figure is
+what a step needs beyond the loaded model: on a CPU in a process of its own, on CUDA as the allocator counts it.
 `benchmarks/results/<name>.json` is written after each part; the table comes last.
 """
 

@@ -1,7 +1,7 @@
 """Stands in for the parts of `torch.cuda` that the benchmarks use, on a machine without a GPU: nothing here measures.
 
-It is as strict as the real one where a mistake would only be seen on a device: an event has a time once it was recorded
-and waited for, and a replay repeats the operations that were captured, into the same tensors.
+It is as strict as the real one where a mistake would only be seen on a device: an event has a time once it was
+recorded and waited for, and a replay repeats the operations that were captured, into the same tensors.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Run by `test_triton_interpreter.py` in a process whose Triton interprets: what the conformance cases are too small for."""
+"""Run by `test_triton_interpreter.py` where Triton interprets: what the conformance cases are too small for."""
 
 from __future__ import annotations
 

@@ -125,15 +125,15 @@ class Backend:
 
 
 class Row(NamedTuple):
-    """A line of the rule behind `auto`: what to run where `fits` holds, and the reason that `explain` and the log give."""
+    """A line of the rule behind `auto`: what to run where `fits` holds, and why, as `explain` and the log say it."""
 
     backend: str
     fits: Callable[[Case], bool]
     because: str
 
 
-# The first row that fits and can run decides. Rows for the CPU follow benchmarks/results/cpu_fp32.json (docs/log.md); those
-# for CUDA follow from a model of operations and bytes, and say so.
+# The first row that fits and can run decides. Rows for the CPU follow benchmarks/results/cpu_fp32.json (docs/log.md);
+# those for CUDA follow from a model of operations and bytes, and say so.
 RULE = (
     Row("plain", lambda c: not c.is_dispatched, "there is one expert and nothing to dispatch"),
     Row("gather", lambda c: c.tokens_per_example > 1, "whole examples are routed: one batched product, no sort"),
