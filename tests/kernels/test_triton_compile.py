@@ -48,7 +48,7 @@ ROWS = {"decode": 64, "train": 8192}
 
 
 def compiled(program, dtype, target, settings, others=None, **options):
-    """The program as it is launched on contiguous tensors whose widths are multiples of 16; `others` are other dtypes."""
+    """The program as launched on contiguous tensors whose widths are multiples of 16; `others` are other dtypes."""
     types = POINTERS | dict.fromkeys(DATA, TYPES[dtype]) | {"out": TYPES[dtype], "scaling": "fp32"}
     types |= dict.fromkeys((*INTEGERS, *WIDTHS, *(f"stride_{name}" for name in STRIDES)), "i32")
     if program.__name__.startswith("weight_gradient"):

@@ -147,6 +147,11 @@ RULE = (
         lambda c: c.device == "cpu" and c.top_k >= 2 and c.relative_rank <= 0.1,
         "several slots and few columns: cheaper than sorting",
     ),
+    Row(
+        "dense",
+        lambda c: c.device == "cpu" and c.num_pairs > 512 and c.relative_rank <= 0.06,
+        "very few columns: cheaper than sorting",
+    ),
     Row("grouped_mm", lambda c: c.device == "cpu", "tokens are sorted by expert"),
     Row("gather", lambda c: c.num_pairs <= 8, "a handful of pairs: copying the experts needs no sort (not measured)"),
     Row(
