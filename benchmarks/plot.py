@@ -1,4 +1,4 @@
-"""Draws a result file of `lora_experts.py`: the time of each contender over that of PEFT's LoRA of rank r, by shape.
+"""Draws a result file of `lora_experts.py`: each contender's time over PEFT's LoRA of rank r, a point per shape.
 
 python benchmarks/plot.py benchmarks/results/cpu_fp32_auto.json docs/images/kernels_cpu.png
 """

@@ -1,4 +1,4 @@
-"""LoRA experts by the kernels of others, taken as they are installed here. The package does not need them."""
+"""LoRA experts by the kernels of others, taken as they are installed here. Not needed by this package."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
     python benchmarks/regret.py benchmarks/results/cpu_fp32.json
 
-The rule of `auto` is applied to the shapes of a result file, with all backends and without one at a time; the ratio of the
-times is given as a geometric mean over decoding (T = 1), over T >= 1024, and over all shapes. The rule itself,
+The rule of `auto` is applied to the shapes of a result file, with all backends and without one at a time; the ratio of
+the times is given as a geometric mean over decoding (T = 1), over T >= 1024, and over all shapes. The rule itself,
 `peft_moe.kernels.backends.RULE`, is a table that is changed by hand.
 """
 

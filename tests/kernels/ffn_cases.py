@@ -1,4 +1,4 @@
-"""Experts and their inputs, for tests of the Triton programs for FFN experts on a GPU and in the interpreter."""
+"""Experts and what they are given, for tests of the Triton programs for FFN experts, on a GPU and interpreted."""
 
 from __future__ import annotations
 

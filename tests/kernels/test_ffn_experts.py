@@ -1,4 +1,4 @@
-"""`experts_implementation="peft_moe"` hands on to what transformers computes fastest; `"peft_moe_triton"` never hands on."""
+"""`experts_implementation="peft_moe"` hands on to transformers, `"peft_moe_triton"` never does."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from torch.testing._internal.two_tensor import TwoTensor
 from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from peft_moe.kernels import explain_ffn_experts, ffn
 from peft_moe.kernels.ffn import ffn_experts_forward, ffn_triton_forward

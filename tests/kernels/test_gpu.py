@@ -1,4 +1,4 @@
-"""Every backend on a CUDA device: like the oracle, equal in every run, in a CUDA graph, within the promised memory."""
+"""Every backend on a CUDA device: like the oracle, the same in every run, inside a CUDA graph, within memory."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ ROWS = {"decode": 64, "train": 8192}
 
 
 def compiled(program, dtype, target, settings, others=None, **options):
-    """The program as it is launched on contiguous tensors, widths multiples of 16; `others` have other dtypes."""
+    """The program as launched on contiguous tensors whose widths are multiples of 16; `others` are other dtypes."""
     types = POINTERS | dict.fromkeys(DATA, TYPES[dtype]) | {"out": TYPES[dtype], "scaling": "fp32"}
     types |= dict.fromkeys((*INTEGERS, *WIDTHS, *(f"stride_{name}" for name in STRIDES)), "i32")
     if program.__name__.startswith("weight_gradient"):
@@ -82,7 +82,7 @@ def specialisations(dtype: torch.dtype, *, is_thorough: bool):
 
 
 def specialisations_of(path: str, rank: int, phase: str, flag: bool, dtype: torch.dtype):
-    """The programs of a path as the launchers cut them; `flag` is whether there is something to add or to multiply with."""
+    """The programs of a path as the launchers cut them; `flag` is whether there is a `source` or an `other`."""
     num_tokens = ROWS[phase] // K
     tokens_per_example = num_tokens // 2 if path == "examples" else 1
     rows = Rows(torch.empty(num_tokens // tokens_per_example, K, device="meta"), tokens_per_example, E, None)
@@ -101,8 +101,7 @@ def specialisations_of(path: str, rank: int, phase: str, flag: bool, dtype: torc
             yield name, program, shape | sizes_of, plan.tiles, path != "decode" and rows_of_tile >= 64
 
 
-# experts, experts per token, activation, whether there is a gate, biases, a transposed layout; phi and gpt-oss have
-# them
+# experts, experts per token, activation, whether there is a gate, biases, a transposed layout
 MIXTURES = {
     "mixtral": (8, 2, "silu", True, False, False),
     "olmoe": (64, 8, "silu", True, False, False),

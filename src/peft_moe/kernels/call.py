@@ -49,8 +49,8 @@ class Needs(NamedTuple):
 Gradients = tuple["torch.Tensor | None", ...]
 # call -> (out, projected); `projected` is A x in the backend's own layout, unweighted and unscaled
 Forward = Callable[[Call], "tuple[torch.Tensor, torch.Tensor]"]
-# (grad_TO, call, projected, needs) -> gradients in the order of `Needs`; the call has no `base` any more, `x` only where
-# the gradient of A is wanted, and `projected` is there where that of B or of the weights is
+# (grad_TO, call, projected, needs) -> gradients in the order of `Needs`; the call has no `base` any more, `x` only
+# where the gradient of A is wanted, and `projected` is there where that of B or of the weights is
 Backward = Callable[[torch.Tensor, Call, Any, Needs], Gradients]
 
 
@@ -59,8 +59,8 @@ def differentiable(
 ) -> Callable[[Call], torch.Tensor]:
     """Make the `run` of a backend from its forward and backward. Double backward raises.
 
-    `is_traceable` promises that `forward` is made of differentiable operations: under `torch.compile` it is then traced
-    as it stands, and the compiler derives and fuses the backward.
+    `is_traceable` promises that `forward` is made of differentiable operations: under `torch.compile` it is then
+    traced as it stands, and the compiler derives and fuses the backward.
     """
 
     def run(call: Call) -> torch.Tensor:

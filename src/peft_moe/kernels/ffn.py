@@ -1,10 +1,10 @@
 """FFN experts for transformers' experts interface, under the names `"peft_moe"` and `"peft_moe_triton"`.
 
-`"peft_moe"` hands on to transformers' `grouped_mm`, or to `batched_mm` where sizes or dtype are not for it: on a CPU nothing
-of our own was faster (docs/log.md), and on CUDA nothing of our own was measured. `"peft_moe_triton"` runs Triton programs and
-never hands on: tokens are gathered and weighted inside the products, and a usual activation is computed where its product
-ends. Of the intermediate tensors only the output of the first linear is kept for backward. The host waits for nothing, no two
-programs write to one place, and the stacks of weights are read where they lie.
+`"peft_moe"` hands on to transformers' `grouped_mm`, or to `batched_mm` where sizes or dtype are not for it: on a CPU
+nothing of our own was faster (docs/log.md), and on CUDA nothing of our own was measured. `"peft_moe_triton"` runs
+Triton programs and never hands on: tokens are gathered and weighted inside the products, and a usual activation is
+computed where its product ends. Of the intermediate tensors only the output of the first linear is kept for backward.
+The host waits for nothing, no two programs write to one place, and the stacks of weights are read where they lie.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ Activation = Callable[[torch.Tensor], torch.Tensor]
 class Linears(NamedTuple):
     """The stacked linears of E experts, `x W_up → activation → W_down`.
 
-    `up` `(E, D, U)` and `down` `(E, F, D)`, seen as matrices that rows are multiplied with from the left; U is 2F where
-    there is a gate. Biases `(E, U)` and `(E, D)`, or `None`.
+    `up` `(E, D, U)` and `down` `(E, F, D)`, seen as matrices that rows are multiplied with from the left; U is 2F
+    where there is a gate. Biases `(E, U)` and `(E, D)`, or `None`.
     """
 
     up: torch.Tensor
@@ -284,7 +284,8 @@ def _run(
     if torch.compiler.is_compiling():
         return ffn_op(*differentiable, *order, activation, has_gate, is_needed)[0]  # type: ignore[no-any-return]
     if is_needed:
-        return _FfnTriton.apply(*differentiable, order, activation, has_gate)  # type: ignore[no-untyped-call,no-any-return]
+        given = (*differentiable, order, activation, has_gate)
+        return _FfnTriton.apply(*given)  # type: ignore[no-untyped-call,no-any-return]
     return compute(x_TD, weights_TK, linears, order, activation, has_gate, keeps_inner=False)[0]
 
 
@@ -321,7 +322,7 @@ def compute_gradients(
     has_gate: bool,
     needs: Needs,
 ) -> tuple[torch.Tensor | None, ...]:
-    """`g = dy Vᵀ; dw = h·g + dy·b; dV = (w h)ᵀ dy; du = act'(u) (w g); dU = xᵀ du; dx = du Uᵀ`, in the order of `Needs`."""
+    """`g = dy Vᵀ; dw = h·g + dy·b; dV = (w h)ᵀ dy; du = act'(u) (w g); dU = xᵀ du; dx = du Uᵀ`, as in `Needs`."""
     from .triton import launch_ffn as launch
 
     grad_TD, x_TD, weights = unit_stride(grad_TD), unit_stride(x_TD), as_float(weights_TK)
@@ -491,7 +492,7 @@ def ffn_op(
     has_gate: bool,
     keeps_inner: bool,
 ) -> Any:
-    """[`compute`] as one operation that compilers do not look into; without `keeps_inner` the second output is empty."""
+    """[`compute`] as one opaque operation; without `keeps_inner` the second output is empty."""
     linears, order = Linears(up, up_bias, down, down_bias), Order(index, pair_of_row, segment_end)
     out, inner = compute(x, weights, linears, order, activation, has_gate, keeps_inner)
     return out, x.new_empty(0, up.shape[2]) if inner is None else inner

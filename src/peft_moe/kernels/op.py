@@ -36,8 +36,8 @@ def lora_experts(
             Where the T tokens go; T is the product of the leading dimensions. `None` is ordinary LoRA: E = 1, used by
             every token.
         top_k_weights (`torch.Tensor` of shape `(T, K)`, *optional*):
-            Weights of the experts; `None` is 1 everywhere. May require a gradient. `(B, K)` where the plan routes whole
-            examples.
+            Weights of the experts; `None` is 1 everywhere. May require a gradient. `(B, K)` where the plan routes
+            whole examples.
         scaling (`float`):
             LoRA's alpha / r.
         backend (`str`):
@@ -150,7 +150,7 @@ def problems(
     num_tokens = hidden_states.shape[:-1].numel()
     if hidden_states.shape[-1] != A.shape[-1]:
         found.append(
-            f"hidden_states is {hidden_states.shape[-1]} wide, but A takes {A.shape[-1]}. Pass the input of this layer."
+            f"hidden_states is {hidden_states.shape[-1]} wide, but A takes {A.shape[-1]}. Pass the layer's input."
         )
     if B.shape[:2] != A.shape[:2]:
         found.append(
@@ -173,8 +173,8 @@ def problems(
         found.append(f"there is no plan, but A holds {A.shape[0]} experts. Pass plan=DispatchPlan.from_index(...).")
     if plan is not None and (plan.num_experts, plan.num_tokens) != (A.shape[0], num_tokens):
         found.append(
-            f"the plan is for {plan.num_tokens} tokens and {plan.num_experts} experts, but there are {num_tokens} tokens "
-            f"and {A.shape[0]} experts. Make the plan from the routing of this batch."
+            f"the plan is for {plan.num_tokens} tokens and {plan.num_experts} experts, but there are {num_tokens} "
+            f"tokens and {A.shape[0]} experts. Make the plan from the routing of this batch."
         )
     expected = (num_tokens, 1) if plan is None else tuple(plan.example_index.shape)
     if top_k_weights is not None and tuple(top_k_weights.shape) != expected:

@@ -125,15 +125,15 @@ class Backend:
 
 
 class Row(NamedTuple):
-    """A line of the rule behind `auto`: what to run where `fits` holds, and the reason that `explain` and the log give."""
+    """A line of the rule behind `auto`: what to run where `fits` holds, and why, as `explain` and the log say it."""
 
     backend: str
     fits: Callable[[Case], bool]
     because: str
 
 
-# The first row that fits and can run decides. Rows for the CPU follow benchmarks/results/cpu_fp32.json (docs/log.md); those
-# for CUDA follow from a model of operations and bytes, and say so.
+# The first row that fits and can run decides. Rows for the CPU follow benchmarks/results/cpu_fp32.json (docs/log.md);
+# those for CUDA follow from a model of operations and bytes, and say so.
 RULE = (
     Row("plain", lambda c: not c.is_dispatched, "there is one expert and nothing to dispatch"),
     Row("gather", lambda c: c.tokens_per_example > 1, "whole examples are routed: one batched product, no sort"),
@@ -146,6 +146,11 @@ RULE = (
         "dense",
         lambda c: c.device == "cpu" and c.top_k >= 2 and c.relative_rank <= 0.1,
         "several slots and few columns: cheaper than sorting",
+    ),
+    Row(
+        "dense",
+        lambda c: c.device == "cpu" and c.num_pairs > 512 and c.relative_rank <= 0.06,
+        "very few columns: cheaper than sorting",
     ),
     Row("grouped_mm", lambda c: c.device == "cpu", "tokens are sorted by expert"),
     Row("gather", lambda c: c.num_pairs <= 8, "a handful of pairs: copying the experts needs no sort (not measured)"),

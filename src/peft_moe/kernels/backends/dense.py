@@ -1,7 +1,7 @@
 """`dense`: every token through every expert at once, with the experts it did not choose masked in rank space.
 
-Two large products instead of many small ones; no sort, no gather of tokens, no host sync. Costs E·R columns, so it wins
-where E·R is small against the widths. C = E·R columns.
+Two large products instead of many small ones; no sort, no gather of tokens, no host sync. Costs E·R columns, so it
+wins where E·R is small against the widths. C = E·R columns.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`gather`: each example brings its own copy of the experts it chose; no sort, one batched product.
 
-Made for routing by example, where the copies are shared by all tokens of one, and for a handful of tokens (decode), each
-of which is then an example of one token. The copies take B·K·R·(D + O) elements, so it refuses more than
+Made for routing by example, where the copies are shared by all tokens of one, and for a handful of tokens (decode),
+each of which is then an example of one token. The copies take B·K·R·(D + O) elements, so it refuses more than
 `MAX_COPIED_ELEMENTS`. S tokens per example, C = K·R columns.
 """
 

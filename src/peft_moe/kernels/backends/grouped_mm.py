@@ -1,4 +1,4 @@
-"""`grouped_mm`: sorted tokens and torch's grouped matrix product. No host sync; on CUDA the fallback without Triton."""
+"""`grouped_mm`: sorted tokens and torch's grouped matrix product. No host sync."""
 
 from __future__ import annotations
 

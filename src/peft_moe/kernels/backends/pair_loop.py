@@ -1,4 +1,4 @@
-"""`pair_loop`: two vector-matrix products per (token, expert) pair on views of the experts; no sort, no copy (CPU only).
+"""`pair_loop`: two products per (token, expert) pair on views of the experts; no sort, no copy (CPU only).
 
 For decoding, where reading the chosen experts once is all the work there is. Not for training: its backward is that of
 `gather`.

@@ -1,6 +1,7 @@
 """`triton`: shrink, then expand into the base output; no host sync, no atomics, no permuted copy of the tokens.
 
-A pure function of the shape, [`path_of`], picks one of four paths. Backward of a few pairs takes that of whole examples.
+A pure function of the shape, [`path_of`], picks one of four paths. Backward of a few pairs takes that of whole
+examples.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def compute(call: Call, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(out, projected)`; `projected` `(N, R)` is `A x` in the order of rows, `(T·E, R)` for all experts where dense."""
+    """`(out, projected)`; `projected` is `A x` by row `(N, R)`, where dense for all experts `(T·E, R)`."""
     from ..triton.launch_lora import run_expand, run_shrink
 
     path = path_for(rows, call.A.shape[1])

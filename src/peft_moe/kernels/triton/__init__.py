@@ -1,4 +1,4 @@
-"""Triton kernels for LoRA experts. Only `programs/` and `launch_*` import triton, and nothing imports these at the start."""
+"""Triton kernels. Only `programs/` and `launch_*` import triton, and nothing imports these at the start."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ def run_row_product(
     *,
     gathers: bool,
 ) -> torch.Tensor:
-    """`w_tk · (x W_e + b_e)` `(N, W)`: from tokens `(T, D)` to rows if it gathers, else from rows `(N, D)` to pairs."""
+    """`w_tk · (x W_e + b_e)` `(N, W)`: from tokens `(T, D)` to rows if it gathers, else from rows to pairs."""
     num_experts, depth, width = w_EDW.shape
     out = buffer(x, order, num_experts, width)
     if order.num_pairs:
@@ -144,7 +144,7 @@ def run_activation_gradient(
     has_gate: bool,
     wanted: Wanted,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """The members of `Wanted`, as far as they are wanted; only weighted rows do without `grad`, which they overwrite."""
+    """The members of `Wanted`, as far as they are wanted; only weighted rows do without `grad`, and overwrite it."""
     width = inner_NU.shape[1] // 2 if has_gate else inner_NU.shape[1]
     grad_inner = torch.empty_like(inner_NU) if wanted.grad_inner else None
     weighted = None
@@ -179,7 +179,7 @@ def run_stack_gradient(r_NR: torch.Tensor, y_TC: torch.Tensor, order: Order, out
 def run_bias_gradient(
     y: torch.Tensor, weights_TK: torch.Tensor | None, order: Order, out_EW: torch.Tensor, *, gathers: bool
 ) -> torch.Tensor:
-    """`Σ_n w_tk · y` over the rows of each expert, from `(T, W)` if it gathers, else from `(N, W)`, written to `out`."""
+    """`Σ_n w_tk · y` over the rows of each expert, from `(T, W)` if it gathers, else `(N, W)`, written to `out`."""
     num_experts, width = out_EW.shape
     tiles = BIAS_TILES
     facts = {"y": y, "weight": weights_TK, "out": out_EW, "W": width, "stride_y": y.stride(0), "GATHERS": gathers}

@@ -164,9 +164,10 @@ def run_expand(
     source_TO: torch.Tensor | None,
     out_TO: torch.Tensor,
 ) -> torch.Tensor:
-    """`out_t = source_t + Σ_k scaling · w_bk · W_eᵀ h_tk`; `out` may be `source`. On the path `decode` there is a source.
+    """`out_t = source_t + Σ_k scaling · w_bk · W_eᵀ h_tk`; `out` may be `source`, which `decode` must have.
 
-    Where tokens are sorted, slot after slot: in the rows of one slot a token stands once, so that no atomics are needed.
+    Where tokens are sorted, slot after slot: in the rows of one slot a token stands once, so that no atomics are
+    needed.
     """
     _, rank, width = w_ERO.shape
     if not rows.num_tokens:

@@ -14,7 +14,8 @@ MAX_DECODE_RANKS = 4096
 MIN_TOKENS_PER_EXAMPLE = 16
 # the gradient of an expert looks through the choices of all examples
 MAX_CHOICES = 1024
-# E·R for each slot: so far, in a model of bytes and operations, all experts cost no more than the K chosen ones, sorted
+# E·R for each slot: so far, in a model of bytes and operations, all experts cost no more than the K chosen ones,
+# sorted
 MAX_DENSE_RANKS = 128
 
 REASONS: dict[Path, str] = {

@@ -1,4 +1,4 @@
-"""The order in which the programs see the (token, slot) pairs of a plan, and of FFN experts; what launchers are given."""
+"""The order in which programs see the (token, slot) pairs of a plan or of FFN experts, and the sort."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class Order(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """What backward needs from between the linears: `du` `(N, U)` and `w h` `(N, F)` by row, `h · g` `(N,)` by pair."""
+    """What backward needs from between the linears: `du` `(N, U)`, `w h` `(N, F)` by row, `h · g` `(N,)` by pair."""
 
     grad_inner: bool
     weighted: bool

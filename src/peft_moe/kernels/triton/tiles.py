@@ -35,7 +35,8 @@ def options(tiles: Tiles) -> dict[str, int]:
 def launch(program: Any, grid: tuple[int, ...], tiles: Tiles, on: torch.Tensor, facts: dict[str, Any]) -> None:
     """Start a program, whose arguments are found in `facts` by their names.
 
-    Triton starts programs on the current device, wherever the tensors are, hence `on`; in the interpreter it does nothing.
+    Triton starts programs on the current device, wherever the tensors are, hence `on`; in the interpreter it does
+    nothing.
     """
     with torch.cuda.device_of(on):  # type: ignore[no-untyped-call]
         program[grid](*(facts[name] for name in program.arg_names), **options(tiles))

@@ -1,8 +1,8 @@
 """The programs for a few narrow experts: all experts for all tokens, and nothing is sorted.
 
-*Columns* are the E·R ranks of all experts side by side, so that x is read once and y written once, whatever the routing;
-column c belongs to expert c // R. Where a token did not choose that expert, the column is left out of what follows, whatever
-its value; but a weight that is not finite reaches all tokens, not only those that chose its expert.
+*Columns* are the E·R ranks of all experts side by side, so that x is read once and y written once, whatever the
+routing; column c belongs to expert c // R. Where a token did not choose that expert, the column is left out of what
+follows, whatever its value; but a weight that is not finite reaches all tokens, not only those that chose its expert.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def weighted(
     K: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
 ):
-    """`scaling · w · h` where a token chose the expert of a column, else 0, in float32; an expert chosen twice counts twice."""
+    """`scaling · w · h` where a token chose the expert of a column, else 0, in float32; chosen twice counts twice."""
     factor = tl.zeros_like(h).to(tl.float32)
     is_chosen = factor != 0.0
     for slot in tl.static_range(0, K):
@@ -60,7 +60,7 @@ def shrink_dense(
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`out_te = W_e x_t` for all experts; with `other`, also `dots_tk = out_te · other_te`, e the k-th expert of token t.
+    """`out_te = W_e x_t` for all experts; with `other`, also `dots_tk = out_te · other_te`, e the k-th of token t.
 
     Grid: (⌈T / BLOCK_M⌉, ⌈E·R / BLOCK_C⌉).
     """

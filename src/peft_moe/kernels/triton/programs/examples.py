@@ -1,8 +1,8 @@
-"""The programs for tokens that stay where they are: whole examples are routed, so a tile of one example knows its experts.
+"""The programs for tokens that stay where they are: whole examples are routed, so a tile knows its experts.
 
 Pair (t, k) is row t·K + k, so that `(N, R)` is `(T, K·R)`: *columns* are the ranks of all slots side by side, and one
-product serves all slots. Column c belongs to slot c // R, and `index` says whose expert that is. Experts that no token of a
-tile uses are never read.
+product serves all slots. Column c belongs to slot c // R, and `index` says whose expert that is. Experts that no token
+of a tile uses are never read.
 """
 
 from __future__ import annotations
@@ -88,7 +88,10 @@ def expand_examples(
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`out_t = source_t + Σ_k scaling · w_bk · W_eᵀ h_tk`, all slots at once. Grid: (B · ⌈S / BLOCK_M⌉, ⌈W / BLOCK_W⌉)."""
+    """`out_t = source_t + Σ_k scaling · w_bk · W_eᵀ h_tk`, all slots at once.
+
+    Grid: (B · ⌈S / BLOCK_M⌉, ⌈W / BLOCK_W⌉).
+    """
     tiles = tl.cdiv(tokens_per_example, BLOCK_M)
     example = tl.program_id(0) // tiles
     place = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -1,9 +1,9 @@
 """The programs for FFN experts: products with stacks of weights, with what surrounds them in the same pass.
 
-*Pair* t·K + k is token t and its k-th expert. Rows are pairs sorted by expert, so that a tile of rows belongs to one expert;
-pairs whose expert lives in another process come last and belong to no tile. F is the width inside; U is 2F where there is a
-gate, whose columns come first, else F. A grid is as large as any routing can need, and tiles beyond the last one return at
-once. Weights are read where they lie, whatever their strides.
+*Pair* t·K + k is token t and its k-th expert. Rows are pairs sorted by expert, so that a tile of rows belongs to one
+expert; pairs whose expert lives in another process come last and belong to no tile. F is the width inside; U is 2F
+where there is a gate, whose columns come first, else F. A grid is as large as any routing can need, and tiles beyond
+the last one return at once. Weights are read where they lie, whatever their strides.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def products(
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Rows `source` of `x` times some columns of `w` `(D, W)`, and times those that lie `offset` elements behind them."""
+    """Rows `source` of `x` times some columns of `w` `(D, W)`, and times those `offset` elements behind them."""
     depth = tl.arange(0, BLOCK_D)
     x_tile = x + source.to(tl.int64)[:, None] * stride_x + depth[None, :]
     w_tile = w + depth[:, None] * stride_wd + column[None, :] * stride_ww
@@ -274,7 +274,7 @@ def activation_gradient(
     BLOCK_F: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """From `g_n`, the gradient of `h_n` before it is weighted: `du_n = act'(u_n) w_tk g_n`, `w_tk h_n`, and `h_n · g_n`.
+    """From `g_n`, the gradient of `h_n` before it is weighted: `du_n = act'(u_n) w_tk g_n`, `w_tk h_n`, `h_n g_n`.
 
     `h_n` is computed anew from `u_n`. Grid: (⌈N / BLOCK_M⌉,).
     """

@@ -1,4 +1,4 @@
-"""The programs for a few pairs: products of a matrix and a vector, which read each weight once and need no tensor cores.
+"""The programs for a few pairs: products of a matrix and a vector, which read each weight once, without tensor cores.
 
 Pair (t, k) is row t·K + k.
 """

@@ -1,7 +1,7 @@
 """What the programs share.
 
-Sums are kept in float32. `UPCAST` computes products of narrow operands in float32 too, for the interpreter, whose bfloat16
-products are wrong.
+Sums are kept in float32. `UPCAST` computes products of narrow operands in float32 too, for the interpreter, whose
+bfloat16 products are wrong.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ def sort_by_expert(
 ):
     """The rows of one slot and BLOCK_E experts: count the choices below, then write the tokens in their order.
 
-    Replaces a stable sort by k·E + e, a histogram and a prefix sum. Each program reads all choices of its slot twice; none
-    waits for another, and none writes where another does. Grid: (E / BLOCK_E, K).
+    Replaces a stable sort by k·E + e, a histogram and a prefix sum. Each program reads all choices of its slot twice;
+    none waits for another, and none writes where another does. Grid: (E / BLOCK_E, K).
     """
     experts = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     slot = tl.program_id(1)

@@ -1,8 +1,8 @@
 """The programs for tokens that are routed one by one.
 
-Rows are (slot, token) pairs sorted by slot, then by expert, so that the rows of slot k are k·T .. (k+1)·T - 1. A *segment*
-is the run of rows of one slot and one expert; `segment_end` says where each ends. A grid is as large as any routing can
-need, tiles beyond the last one return at once, and the host never waits for the device to learn the loads.
+Rows are (slot, token) pairs sorted by slot, then by expert, so that the rows of slot k are k·T .. (k+1)·T - 1. A
+*segment* is the run of rows of one slot and one expert; `segment_end` says where each ends. A grid is as large as any
+routing can need, tiles beyond the last one return at once, and the host never waits for the device to learn the loads.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def expand(
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`out_t = source_t + scaling · w_bk · W_eᵀ h_n` for the rows n of one slot k, in each of which a token is once."""
+    """`out_t = source_t + scaling · w_bk · W_eᵀ h_n` for the rows n of one slot k, where a token is once."""
     segment, start, stop = tile_of(segment_end, slot * E, slot * num_tokens, tl.program_id(0), E, SEGMENTS, BLOCK_M)
     if start >= stop:
         return
