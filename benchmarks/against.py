@@ -4,9 +4,9 @@
     python benchmarks/against.py /tmp/earlier/src --name cpu_against_earlier
     python benchmarks/against.py /tmp/earlier/src --method mocle --name cpu_against_earlier_mocle
 
-Two versions of one package do not fit into one process. So each has a process, which waits until it is told to run; the
-two take turns, and the figure is the median of the ratios of neighbouring turns. The options and what is measured are
-those of `whole_model.py`.
+Two versions of one package do not fit into one process. So each has a process, which waits until it is told to run.
+The two take turns, and the figure is the median of the ratios of neighbouring turns. The options and what is measured
+are those of `whole_model.py`.
 """
 
 import json
@@ -89,10 +89,7 @@ def compare(new: Side, old: Side, options: Any) -> dict[str, dict[str, Any]]:
                 if turn:  # the first one warms up
                     ratios.append(found[new] / found[old])
         cells[cell] = values
-    cells["memory"] = {
-        name: [new.memory(name) / old.memory(name)]
-        for name in whole_model.METHODS[options.method]
-    }
+    cells["memory"] = {name: [new.memory(name) / old.memory(name)] for name in whole_model.METHODS[options.method]}
     return {
         cell: {name: {"median": statistics.median(ratios), "ratios": ratios} for name, ratios in values.items()}
         for cell, values in cells.items()

@@ -24,8 +24,8 @@ from peft_moe import (
     record_expert_load,
 )
 from peft_moe.monitoring import record_pathways
-from peft_moe.tuners.mocle.instructions import instruction_text
 from peft_moe.tuners.mocle.encoder import SentenceEncoder
+from peft_moe.tuners.mocle.instructions import instruction_text
 from tiny_models import tiny_llama, tiny_tokenizer, token_batch
 from tiny_moe import FAMILIES, image_batch, tiny_moe_llava
 from tuners.tiny_encoder import TEXTS, write_tiny_encoder

@@ -16,8 +16,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import CallbackHandler
 
 from ..aux_loss import AuxLoss
-from ..forward_context import ForwardPass
 from ..foreign_moe import RouterRecording, belongs_to_tuner
+from ..forward_context import ForwardPass
 from ..routing_recorder import RoutingRecorder, get_recorder, statistics_of
 from .expert_load import ExpertLoad, gather_json
 from .summary import DEAD_THRESHOLD, LoadSummary

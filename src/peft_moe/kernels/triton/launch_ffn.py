@@ -102,7 +102,15 @@ def run_first_linear(
     hidden = x_TD.new_empty(order.num_pairs, width)
     if order.num_pairs:
         tiles, step = first_tiles(*choice_of(x_TD, w_EDU, order), has_gate, activation)
-        facts = {"x": x_TD, "w": w_EDU, "bias": bias_EU, "inner": inner, "hidden": hidden, "D": depth, "F": width}
+        facts: dict[str, Any] = {
+            "x": x_TD,
+            "w": w_EDU,
+            "bias": bias_EU,
+            "inner": inner,
+            "hidden": hidden,
+            "D": depth,
+            "F": width,
+        }
         facts |= dict(zip(("stride_we", "stride_wd", "stride_wf"), w_EDU.stride())) | {"stride_x": x_TD.stride(0)}
         facts |= {"HAS_BIAS": bias_EU is not None, "HAS_INNER": keeps_inner, "HAS_GATE": has_gate}
         facts |= {"ACTIVATION": activation, "BLOCK_M": tiles.rows, "BLOCK_F": tiles.columns, "BLOCK_D": step}
@@ -125,7 +133,15 @@ def run_row_product(
     out = buffer(x, order, num_experts, width)
     if order.num_pairs:
         tiles, step = product_tiles(*choice_of(x, w_EDW, order))
-        facts = {"x": x, "w": w_EDW, "bias": bias_EW, "weight": weights_TK, "out": out, "D": depth, "W": width}
+        facts: dict[str, Any] = {
+            "x": x,
+            "w": w_EDW,
+            "bias": bias_EW,
+            "weight": weights_TK,
+            "out": out,
+            "D": depth,
+            "W": width,
+        }
         facts |= dict(zip(("stride_we", "stride_wd", "stride_ww"), w_EDW.stride())) | {"stride_x": x.stride(0)}
         facts |= {"GATHERS": gathers, "HAS_BIAS": bias_EW is not None, "HAS_WEIGHT": weights_TK is not None}
         facts |= {"BLOCK_M": tiles.rows, "BLOCK_W": tiles.columns, "BLOCK_D": step}
@@ -153,7 +169,13 @@ def run_activation_gradient(
     dots = weights_TK.new_empty(order.num_pairs) if wanted.dots else None
     if order.num_pairs:
         tiles = ACTIVATION_TILES
-        facts = {"g": grad_NF, "weight": weights_TK, "inner": inner_NU, "grad_inner": grad_inner, "dots": dots}
+        facts: dict[str, Any] = {
+            "g": grad_NF,
+            "weight": weights_TK,
+            "inner": inner_NU,
+            "grad_inner": grad_inner,
+            "dots": dots,
+        }
         facts |= {"weighted": weighted, "F": width, "ACTIVATION": activation, "HAS_GATE": has_gate}
         facts |= {"HAS_G": grad_NF is not None, "HAS_INNER": wanted.grad_inner, "HAS_DOTS": wanted.dots}
         facts |= {"HAS_WEIGHTED": wanted.weighted, "BLOCK_M": tiles.rows, "BLOCK_F": tiles.columns}
@@ -168,7 +190,7 @@ def run_stack_gradient(r_NR: torch.Tensor, y_TC: torch.Tensor, order: Order, out
     num_experts, height, width = out_ERC.shape
     tiles, step = gradient_tiles(r_NR.dtype, is_large(r_NR.device, r_NR.dtype))
     num_blocks = triton.cdiv(height, tiles.rows) * triton.cdiv(width, tiles.columns)
-    facts = {"r": r_NR, "y": y_TC, "out": out_ERC, "R": height, "C": width, "stride_y": y_TC.stride(0)}
+    facts: dict[str, Any] = {"r": r_NR, "y": y_TC, "out": out_ERC, "R": height, "C": width, "stride_y": y_TC.stride(0)}
     facts |= dict(zip(("stride_oe", "stride_or", "stride_oc"), out_ERC.stride()))
     facts |= {"BLOCK_R": tiles.rows, "BLOCK_C": tiles.columns, "BLOCK_N": step}
     facts |= facts_of(order, num_experts, r_NR.dtype, out_ERC.dtype)
@@ -182,7 +204,14 @@ def run_bias_gradient(
     """`Σ_n w_tk · y` over the rows of each expert, from `(T, W)` if it gathers, else `(N, W)`, written to `out`."""
     num_experts, width = out_EW.shape
     tiles = BIAS_TILES
-    facts = {"y": y, "weight": weights_TK, "out": out_EW, "W": width, "stride_y": y.stride(0), "GATHERS": gathers}
+    facts: dict[str, Any] = {
+        "y": y,
+        "weight": weights_TK,
+        "out": out_EW,
+        "W": width,
+        "stride_y": y.stride(0),
+        "GATHERS": gathers,
+    }
     facts |= {"HAS_WEIGHT": weights_TK is not None, "BLOCK_W": tiles.columns, "BLOCK_N": tiles.rows}
     facts |= facts_of(order, num_experts, y.dtype, out_EW.dtype)
     launch(programs.bias_gradient, (triton.cdiv(width, tiles.columns), num_experts), tiles, y, facts)
