@@ -141,7 +141,7 @@ def test_in_place_of_a_clusterer(name, hostile, tmp_path):
     folder = tmp_path / "clusters"
     InstructionClusterer(torch.eye(3, 5), encoder="an/encoder").save_pretrained(folder)
     (folder / name).write_bytes(hostile)
-    with pytest.raises(ValueError, match="is damaged or put together from two.*Nothing was loaded"):
+    with pytest.raises(ValueError, match="is damaged or does not belong to.*Nothing was loaded"):
         InstructionClusterer.from_pretrained(str(folder))
 
 

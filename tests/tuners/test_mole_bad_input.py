@@ -95,7 +95,7 @@ BAD_FIELDS = [
         {"layers_to_transform": 1, "target_modules": ".*mlp.*"},
         "Put the layer numbers into the expression",
     ),
-    ("unknown-backend", {"kernel_backend": "segmnt"}, "There is no kernel backend 'segmnt'. Did you mean 'segment'?"),
+    ("unknown-backend", {"kernel_backend": "grouped_m"}, "There is no kernel backend 'grouped_m'. Did you mean 'grouped_mm'?"),
     ("backend-as-nothing", {"kernel_backend": None}, "There is no kernel backend 'None'. Pass 'auto' or one of"),
 ]
 
