@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from trained import Evil
 
 import peft_moe
 from conformance.tuner_cases import CASES
@@ -133,16 +134,6 @@ def test_other_code_is_none():
 
 def test_a_safe_load_is_seen_as_one():
     assert offences("import torch as t\nt.load(f, weights_only=True)") == [SAFE_LOAD]
-
-
-class Evil:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
 
 
 @pytest.fixture(params=["bare", "archive", "in-a-state-dict"])
