@@ -56,8 +56,8 @@ def find_intact_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     >>> trainer.train(resume_from_checkpoint=find_intact_checkpoint(args.output_dir))
     ```
     """
-    output_dir, sharded = Path(output_dir), []
-    folders = [folder for folder in output_dir.iterdir() if folder.is_dir()] if output_dir.exists() else []
+    root, sharded = Path(output_dir), []
+    folders = [folder for folder in root.iterdir() if folder.is_dir()] if root.exists() else []
     names = [(re.fullmatch(r"checkpoint-(\d+)", folder.name), folder) for folder in folders]
     for step, folder in sorted(((int(name[1]), folder) for name, folder in names if name), reverse=True):
         if any(any(folder.glob(pattern)) for pattern in SHARDED_TRAINING):
