@@ -345,4 +345,4 @@ def test_counting_never_waits_for_the_device(tmp_path, has_images):
     get_recorder(model).listeners.append(count)
     model(**token_batch())
     assert found == [[]]
-    assert callback._window.load.token_groups == (["text", "image"] if has_images else ["all"])
+    assert callback._window.token_groups == (["text", "image"] if has_images else ["all"])
