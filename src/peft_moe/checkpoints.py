@@ -8,8 +8,6 @@ import logging
 import os
 import re
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
@@ -47,9 +45,8 @@ def find_intact_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
         `str`, *optional*: the folder, for `trainer.train(resume_from_checkpoint=...)`; `None` if there is none.
 
     Raises:
-        ValueError: none is known to be whole, and FSDP or DeepSpeed has written one at least, whose parts are not
-        known.
-            Training that begins anew would overwrite it.
+        ValueError: none is known to be whole, and FSDP or DeepSpeed, whose parts are not known, has written one at
+            least. Training that begins anew would overwrite it.
         OSError: a checkpoint cannot be read, for example for lack of permission.
 
     Example:
@@ -59,8 +56,10 @@ def find_intact_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     >>> trainer.train(resume_from_checkpoint=find_intact_checkpoint(args.output_dir))
     ```
     """
-    sharded = []
-    for step, folder in sorted(_checkpoints(Path(output_dir)), reverse=True):
+    root, sharded = Path(output_dir), []
+    folders = [folder for folder in root.iterdir() if folder.is_dir()] if root.exists() else []
+    names = [(re.fullmatch(r"checkpoint-(\d+)", folder.name), folder) for folder in folders]
+    for step, folder in sorted(((int(name[1]), folder) for name, folder in names if name), reverse=True):
         if any(any(folder.glob(pattern)) for pattern in SHARDED_TRAINING):
             logger.warning(f"Skipped {str(folder)!r}, which FSDP or DeepSpeed has written: it may lack a part.")
             sharded.append(str(folder))
@@ -80,26 +79,25 @@ def find_intact_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     return None
 
 
-def _checkpoints(output_dir: Path) -> Iterator[tuple[int, Path]]:
-    """Step and folder of each checkpoint, in no order."""
-    for folder in output_dir.iterdir() if output_dir.exists() else ():
-        name = re.fullmatch(r"checkpoint-(\d+)", folder.name)
-        if name and folder.is_dir():
-            yield int(name[1]), folder
-
-
 def _check(folder: Path, step: int) -> None:
     """Raise [`CheckpointDamage`] if the checkpoint is not whole."""
     if (folder / INCOMPLETE_FILE).exists():
         raise CheckpointDamage(f"{INCOMPLETE_FILE} says so")
-    if (found := _read_json(folder / STATE_FILE).get("global_step")) != step:
+    if (found := _read(folder / STATE_FILE).get("global_step")) != step:
         raise CheckpointDamage(f"{STATE_FILE} is of step {found}")
     adapters = {path.parent for path in (*folder.glob("*/adapter_config.json"), *folder.glob("*/adapter_model.*"))}
     for adapter in sorted(adapters):
         _check_weights(adapter)
     if not adapters or any(folder.glob("adapter_*")):
         _check_weights(folder)
-    _check_training_state(folder)
+    # these are there together or, with `save_only_model`, not at all
+    states = {name: [*folder.glob(name)] for name in ("optimizer.pt", "scheduler.pt", "rng_state*.pth")}
+    absent = [name.replace("*", "") for name, files in states.items() if not files]
+    if 0 < len(absent) < len(states):
+        raise CheckpointDamage(f"{' and '.join(absent)} missing")
+    for path in (*sum(states.values(), []), folder / "scaler.pt", folder / "training_args.bin"):
+        if path.exists():
+            _read(path)
 
 
 def _check_weights(folder: Path) -> None:
@@ -110,69 +108,27 @@ def _check_weights(folder: Path) -> None:
             f"{folder.name} holds no weights, such as adapter_model.safetensors or model.safetensors"
         )
     for path in found:
-        _check_tensors(path)
-        if path.name.startswith("adapter_model") and "peft_type" not in _read_json(folder / "adapter_config.json"):
+        _read(path)
+        if path.name.startswith("adapter_model") and "peft_type" not in _read(folder / "adapter_config.json"):
             raise CheckpointDamage("adapter_config.json names no peft_type")
     for index in indices:
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = _read(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
             raise CheckpointDamage(f"{index.name} has no weight_map")
         for shard in sorted(set(weight_map.values())):
-            names = _check_tensors(folder / shard)
+            names = _read(folder / shard)
             expected = {name for name, its_shard in weight_map.items() if its_shard == shard}
-            if names is not None and (absent := sorted(expected - names)):
+            if names is not None and (absent := sorted(expected.difference(names))):
                 raise CheckpointDamage(f"{shard} lacks {len(absent)} tensors of {index.name}, for example {absent[0]}")
     if (folder / "config.json").exists():
-        _read_json(folder / "config.json")
+        _read(folder / "config.json")
 
 
-def _check_training_state(folder: Path) -> None:
-    """Optimizer, scheduler and random states are there together or, with `save_only_model`, not at all."""
-    found = {
-        path.name for pattern in ("rng_state*.pth", "optimizer.pt", "scheduler.pt") for path in folder.glob(pattern)
-    }
-    has_random_state = any(name.startswith("rng_state") for name in found)
-    absent = [name for name in ("optimizer.pt", "scheduler.pt") if name not in found]
-    absent += [] if has_random_state else ["rng_state.pth"]
-    if found and absent:
-        raise CheckpointDamage(f"{' and '.join(absent)} missing")
-    for name in (*sorted(found), "scaler.pt", "training_args.bin"):
-        if (folder / name).exists():
-            _check_archive(folder / name)
+def _read(path: Path) -> Any:
+    """Read a file: the dictionary of a json file, the names of tensors in safetensors, `None` for one of torch.save.
 
-
-def _check_tensors(path: Path) -> set[str] | None:
-    """Read a file of weights; the names of its tensors, or `None` where they are in a pickle."""
-    if path.suffix != ".safetensors":
-        _check_archive(path)
-        return None
-    # opening compares the header with the size of the file
-    with _reading(path), safe_open(path, framework="pt") as file:
-        return set(file.keys())
-
-
-def _check_archive(path: Path) -> None:
-    """Compare the checksums in a file of `torch.save`, a zip archive with a pickle inside that is not loaded."""
-    with _reading(path), ZipFile(path) as archive:
-        damaged = archive.testzip()
-        is_torch = any(name.endswith("/data.pkl") for name in archive.namelist())
-    if damaged is not None:
-        raise CheckpointDamage(f"{path.name} is damaged at {damaged} (checksum)")
-    if not is_torch:
-        raise CheckpointDamage(f"{path.name} is no file of torch.save")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    with _reading(path):
-        content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise CheckpointDamage(f"{path.name} holds no dictionary")
-    return content
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turn what a reader makes of wrong bytes into damage, and leave errors of the system as they are."""
+    What a reader makes of wrong bytes becomes damage; errors of the system stay as they are.
+    """
     try:
         is_file = stat.S_ISREG(path.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError, ValueError):  # a name with a null byte is that of no file either
@@ -182,9 +138,25 @@ def _reading(path: Path) -> Iterator[None]:
     with path.open("rb") as file:
         file.read(1)  # some readers hide why they could not
     try:
-        yield
+        if path.suffix == ".json":
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(content, dict):
+                raise CheckpointDamage(f"{path.name} holds no dictionary")
+            return content
+        if path.suffix == ".safetensors":
+            # opening compares the header with the size of the file
+            with safe_open(path, framework="pt") as tensors:
+                return set(tensors.keys())
+        # a zip archive with checksums, and with a pickle inside that is not loaded
+        with ZipFile(path) as archive:
+            if (damaged := archive.testzip()) is not None:
+                raise CheckpointDamage(f"{path.name} is damaged at {damaged} (checksum)")
+            if not any(name.endswith("/data.pkl") for name in archive.namelist()):
+                raise CheckpointDamage(f"{path.name} is no file of torch.save")
     except Exception as error:
         # bytes may send a reader to a position before the file (EINVAL); any other number is an error of the system
-        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+        is_of_system = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
+        if is_of_system or isinstance(error, CheckpointDamage):
             raise
         raise CheckpointDamage(f"{path.name} cannot be read ({error})") from error
+    return None

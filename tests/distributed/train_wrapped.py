@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -16,13 +17,12 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainerControl, TrainerState
 
 from peft_moe import get_aux_loss, record_expert_load
 from peft_moe.models.moe_llava.routing import MoeLlavaTopKRouter
-from peft_moe.monitoring import ExpertLoad
-from peft_moe.monitoring.callback import TrainWindow
+from peft_moe.monitoring import ExpertLoadCallback
 from peft_moe.routing import ClusterEmbedding, TopKRouter
-from peft_moe.routing_recorder import get_recorder
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:
@@ -108,17 +108,13 @@ def corners_of_the_global_scope() -> dict:
         with record_expert_load(model):
             model(**text_batch(0, 0))
     model.train()
-    recorder = get_recorder(model)
-    window = TrainWindow(ExpertLoad.for_model(model))
-
-    def listen(forward_pass):
-        window.add_pass(forward_pass, recorder, domain="train")
-
-    recorder.listeners.append(listen)
+    callback, logs = ExpertLoadCallback(file_name=None), {"loss": 0.0}
+    args, state, control = SimpleNamespace(output_dir=None), TrainerState(), TrainerControl()
+    callback.on_train_begin(args, state, control, model=model)
     model(**text_batch(dist.get_rank(), 0))
-    recorder.listeners.remove(listen)
+    callback.on_log(args, state, control, logs=logs)
     with torch.no_grad():
-        found = {"logged": window.mean_aux_loss(), "aux_loss": get_aux_loss(model).item(), "error": None}
+        found = {"logged": logs["aux_loss"], "aux_loss": get_aux_loss(model).item(), "error": None}
     if dist.get_rank() == 1:
         layers_of(model)[1].mlp.forward = lambda hidden_states: hidden_states
     try:

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import Trainer, TrainingArguments
 
-import peft_moe
-from models.tiny_llava import image_batch, labels_of, tiny_llava
+from models.tiny_llava import image_batch, labels_of, run_python, sparse_llava, tiny_llava, train
 from peft_moe import MoeTuningStage, MoLEConfig
-from peft_moe.models import MoeLlavaForConditionalGeneration
 
 
 # names alone fit the vision tower too
@@ -25,22 +19,6 @@ ADAPTERS = {
     "lora": lambda **fields: LoraConfig(**{"r": 4, "target_modules": TEXT_ATTENTION, **fields}),
     "mole": lambda **fields: MoLEConfig(**{"r": 4, "num_experts": 2, "target_modules": TEXT_ATTENTION, **fields}),
 }
-
-
-def sparse_llava(**fields) -> MoeLlavaForConditionalGeneration:
-    torch.manual_seed(0)
-    return MoeLlavaForConditionalGeneration.from_dense(tiny_llava(), **{"expert_noise": 0.5, **fields}).eval()
-
-
-def train(model, folder: Path) -> Trainer:
-    batch = image_batch(batch_size=8)
-    batch["labels"] = labels_of(batch)
-    rows = [{name: tensor[index] for name, tensor in batch.items()} for index in range(8)]
-    settings = {"max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "save_strategy": "no"}
-    arguments = TrainingArguments(str(folder / "run"), report_to=[], use_cpu=True, disable_tqdm=True, **settings)
-    trainer = Trainer(model, arguments, train_dataset=rows)
-    trainer.train()
-    return trainer
 
 
 def logits_of(model) -> torch.Tensor:
@@ -67,7 +45,7 @@ for job in json.loads(sys.argv[1]):
 
 
 def trained_stage(name: str, root: Path) -> tuple[torch.Tensor, torch.Tensor, dict]:
-    model = tiny_llava() if name == "II-dense" else sparse_llava()
+    model = tiny_llava() if name == "II-dense" else sparse_llava(expert_noise=0.5)
     before = logits_of(model)
     MoeTuningStage(name.partition("-")[0]).apply(model)
     train(model, root).save_model(str(root / "model"))
@@ -75,7 +53,7 @@ def trained_stage(name: str, root: Path) -> tuple[torch.Tensor, torch.Tensor, di
 
 
 def trained_adapter(name: str, root: Path) -> tuple[torch.Tensor, torch.Tensor, dict]:
-    model = sparse_llava()
+    model = sparse_llava(expert_noise=0.5)
     model.save_pretrained(root / "base")
     before = logits_of(model)
     names = MoeTuningStage("III").modules_to_save(model)
@@ -100,10 +78,7 @@ def results(tmp_path_factory) -> dict[str, tuple[torch.Tensor, torch.Tensor, dic
         before, after, job = (trained_adapter if name in ADAPTERS else trained_stage)(name, folder)
         jobs.append({**job, "batch": str(root / "batch.pt"), "result": str(folder / "result.pt")})
         known[name] = (before, after)
-    environment = {**os.environ, "PYTHONPATH": str(Path(peft_moe.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", LOAD, json.dumps(jobs)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
+    run_python("-c", LOAD, json.dumps(jobs))
     return {name: (*known[name], torch.load(root / name / "result.pt")) for name in known}
 
 

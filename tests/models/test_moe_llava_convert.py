@@ -6,9 +6,11 @@ This shows that the converter agrees with the table, not that the table agrees w
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -23,37 +25,55 @@ from peft_moe.models import MoeLlavaConfig, MoeLlavaForConditionalGeneration
 from peft_moe.models.moe_llava.convert_original import convert
 
 
-# name of the family → backbone here, its settings, and what the original calls (gate, up, down)
+class Family(NamedTuple):
+    """Backbone here, what the original calls (gate, up, down), and fields of the configuration here and there."""
+
+    backbone: str
+    linears: tuple[str | None, str, str]
+    here: dict[str, Any]
+    there: dict[str, Any]
+
+
+GATED = ("gate_proj", "up_proj", "down_proj")
+LLAMA, PHI = {"rope_theta": 5000.0, "rms_norm_eps": 1e-3}, {"partial_rotary_factor": 0.25, "layer_norm_eps": 1e-3}
+QWEN = {"layer_norm_epsilon": 1e-3, "rotary_emb_base": 5000.0, "kv_channels": 8, "seq_length": 64}
 FAMILIES = {
-    "stablelm": ("stablelm", {"use_qkv_bias": True}, ("gate_proj", "up_proj", "down_proj")),
-    "qwen": ("qwen2", {"num_key_value_heads": 4, "head_dim": 8}, ("w2", "w1", "c_proj")),
-    "phi": ("phi", {}, (None, "fc1", "fc2")),
-    "mistral": ("mistral", {}, ("gate_proj", "up_proj", "down_proj")),
-    "llama": ("llama", {}, ("gate_proj", "up_proj", "down_proj")),
+    "stablelm": Family(
+        "stablelm",
+        GATED,
+        {"partial_rotary_factor": 0.5, "layer_norm_eps": 1e-3, "use_qkv_bias": True},
+        {"rope_pct": 0.5, "norm_eps": 1e-3, "use_qkv_bias": True},
+    ),
+    "qwen": Family("qwen2", ("w2", "w1", "c_proj"), {**LLAMA, "num_key_value_heads": 4, "head_dim": 8}, QWEN),
+    "phi": Family("phi", (None, "fc1", "fc2"), PHI, PHI),
+    "mistral": Family("mistral", GATED, LLAMA, LLAMA),
+    "llama": Family("llama", GATED, LLAMA, LLAMA),
 }
-DENSE_NAMES = {"phi": (None, "fc1", "fc2")}
-EXPECTED_FIELDS = {
-    "stablelm": {"rope_pct": 0.5, "norm_eps": 1e-3},
-    "qwen": {"layer_norm_epsilon": 1e-3, "rotary_emb_base": 5000.0, "kv_channels": 8, "seq_length": 64},
-    "phi": {"partial_rotary_factor": 0.25, "layer_norm_eps": 1e-3},
-    "mistral": {"rope_theta": 5000.0, "rms_norm_eps": 1e-3},
-    "llama": {"rope_theta": 5000.0, "rms_norm_eps": 1e-3},
+# names here → in the original, where T is the trunk of the language model
+RENAMED = {
+    r"^model\.vision_tower\.(vision_model\.)?": "T.image_tower.image_tower.vision_model.",
+    r"^model\.multi_modal_projector\.linear_1": "T.mm_projector.image_spatial_proj.0",
+    r"^model\.multi_modal_projector\.linear_2": "T.mm_projector.image_spatial_proj.2",
+    r"^model\.language_model\.": "T.",
+    r"\.mlp\.gate\.weight$": ".mlp.deepspeed_moe.gate.wg.weight",
+    r"\.mlp\.residual_gate\.": ".mlp.coefficient.",
+    r"\.mlp\.residual_mlp\.": ".mlp.mlp.",
 }
-HERE = {
-    "stablelm": {"partial_rotary_factor": 0.5, "layer_norm_eps": 1e-3},
-    "qwen": {"rms_norm_eps": 1e-3, "rope_theta": 5000.0},
-    "phi": {"partial_rotary_factor": 0.25, "layer_norm_eps": 1e-3},
-    "mistral": {"rope_theta": 5000.0, "rms_norm_eps": 1e-3},
-    "llama": {"rope_theta": 5000.0, "rms_norm_eps": 1e-3},
+# Qwen's first architecture
+RENAMED_QWEN = {
+    ".embed_tokens.": ".wte.",
+    "transformer.norm.": "transformer.ln_f.",
+    "transformer.layers.": "transformer.h.",
+    ".input_layernorm.": ".ln_1.",
+    ".post_attention_layernorm.": ".ln_2.",
+    ".self_attn.o_proj.": ".attn.c_proj.",
 }
 
 
 def sparse_model(family: str, **fields) -> MoeLlavaForConditionalGeneration:
     """Random, with biases and norms that are not trivial."""
     torch.manual_seed(0)
-    backbone, settings, _ = FAMILIES[family]
-    common = llava_fields(backbone, **settings, **HERE[family])
-    common["vision_feature_layer"] = -2
+    common = {**llava_fields(FAMILIES[family].backbone, **FAMILIES[family].here), "vision_feature_layer": -2}
     model = MoeLlavaForConditionalGeneration(
         MoeLlavaConfig(**common, lm_head_bias=family == "phi", moe_layers=[0, 2], **fields)
     )
@@ -65,49 +85,23 @@ def sparse_model(family: str, **fields) -> MoeLlavaForConditionalGeneration:
 
 def original_state(model: MoeLlavaForConditionalGeneration, family: str, *, vision: bool = True) -> dict:
     """The state dict as MoE-LLaVA and DeepSpeed name it."""
-    gate, up, down = FAMILIES[family][2]
-    dense = DENSE_NAMES.get(family, ("gate_proj", "up_proj", "down_proj"))
-    to_original = {here: there for here, there in zip(dense, (gate, up, down)) if here}
+    gate, up, down = FAMILIES[family].linears
+    linears = dict(zip(GATED, (gate, up, down), strict=True)) if gate else {}
     trunk = "transformer" if family == "qwen" else "model"
     state = {}
     for name, tensor in model.state_dict().items():
-        tensor = tensor.clone()
-        if name.startswith("model.vision_tower."):
-            inner = name.removeprefix("model.vision_tower.").removeprefix("vision_model.")
-            if vision:
-                state[f"{trunk}.image_tower.image_tower.vision_model.{inner}"] = tensor
-            continue
-        if name.startswith("model.multi_modal_projector."):
-            linear, kind = name.split(".")[2:]
-            number = {"linear_1": 0, "linear_2": 2}[linear]
-            state[f"{trunk}.mm_projector.image_spatial_proj.{number}.{kind}"] = tensor
-            continue
-        if name.startswith("lm_head."):
-            state[name] = tensor
-            continue
-        inner = name.removeprefix("model.language_model.")
-        block = inner.partition(".mlp.")[0] + ".mlp"
-        if inner.endswith(".mlp.gate.weight"):
-            state[f"{trunk}.{block}.deepspeed_moe.gate.wg.weight"] = tensor
-        elif ".mlp.experts." in inner:
-            part = inner.rpartition(".")[2]
-            kind = "bias" if part.endswith("_bias") else "weight"
+        for here, there in RENAMED.items():
+            name = re.sub(here, there.replace("T.", f"{trunk}."), name)
+        if match := re.fullmatch(r"(.*\.mlp)\.experts\.(\w+?)(_bias)?", name):
+            kind = "bias" if match[3] else "weight"
+            parts = {"gate_up_proj": (gate, up), "up_proj": (up,), "down_proj": (down,)}[match[2]]
             for expert, own in enumerate(tensor):
-                place = f"{trunk}.{block}.deepspeed_moe.experts.deepspeed_experts.{expert}"
-                if part.startswith("gate_up"):
-                    half = own.shape[0] // 2
-                    state[f"{place}.{gate}.{kind}"], state[f"{place}.{up}.{kind}"] = own[:half], own[half:]
-                else:
-                    state[f"{place}.{up if part.startswith('up') else down}.{kind}"] = own
-        elif ".mlp.residual_gate." in inner:
-            state[f"{trunk}.{block}.coefficient.{inner.rpartition('.')[2]}"] = tensor
-        else:
-            inner = inner.replace(".mlp.residual_mlp.", ".mlp.mlp.")
-            if ".mlp." in inner:
-                linear, kind = inner.split(".")[-2:]
-                inner = inner.replace(f".{linear}.", f".{to_original[linear]}.")
-            state[f"{trunk}.{inner}"] = tensor
-    state = {name: tensor.contiguous() for name, tensor in state.items()}
+                for part, piece in zip(parts, own.chunk(len(parts)), strict=True):
+                    place = f"{match[1]}.deepspeed_moe.experts.deepspeed_experts.{expert}.{part}.{kind}"
+                    state[place] = piece.clone()
+        elif vision or "image_tower" not in name:
+            name = re.sub(r"(\.mlp)\.(\w+_proj)\.", lambda match: f"{match[1]}.{linears[match[2]]}.", name)
+            state[name] = tensor.clone()
     return as_qwen(state) if family == "qwen" else state
 
 
@@ -115,16 +109,8 @@ def as_qwen(state: dict) -> dict:
     """The names of Qwen's first architecture, with queries, keys and values in one linear."""
     renamed = {}
     for name, tensor in state.items():
-        for here, there in (
-            (".embed_tokens.", ".wte."),
-            ("transformer.norm.", "transformer.ln_f."),
-            ("transformer.layers.", "transformer.h."),
-            (".input_layernorm.", ".ln_1."),
-            (".post_attention_layernorm.", ".ln_2."),
-            (".self_attn.o_proj.", ".attn.c_proj."),
-        ):
-            if "image_tower" not in name:
-                name = name.replace(here, there)
+        for here, there in RENAMED_QWEN.items() if "image_tower" not in name else ():
+            name = name.replace(here, there)
         renamed[name] = tensor
     for name in [name for name in renamed if name.startswith("transformer.h.") and ".self_attn.q_proj." in name]:
         parts = [renamed.pop(name.replace("q_proj", f"{letter}_proj")) for letter in "qkv"]
@@ -134,13 +120,12 @@ def as_qwen(state: dict) -> dict:
 
 def original_config(model: MoeLlavaForConditionalGeneration, family: str, vision_tower: Path) -> dict:
     text = model.config.text_config
-    fields = {
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    fields = {name: getattr(text, name) for name in names if family != "qwen" or name != "num_key_value_heads"}
+    return {
+        **fields,
         "model_type": f"moe_llava_{family}",
-        "vocab_size": text.vocab_size,
-        "hidden_size": text.hidden_size,
         "intermediate_size": text.intermediate_size * (2 if family == "qwen" else 1),
-        "num_hidden_layers": text.num_hidden_layers,
-        "num_attention_heads": text.num_attention_heads,
         "mm_image_tower": str(vision_tower),
         "mm_vision_select_layer": -2,
         "mm_vision_select_feature": "patch",
@@ -161,13 +146,8 @@ def original_config(model: MoeLlavaForConditionalGeneration, family: str, vision
             "router_aux_loss_coef": 0.02,
             "train_modules": ["wg"],
         },
-        **EXPECTED_FIELDS[family],
+        **FAMILIES[family].there,
     }
-    if family != "qwen":
-        fields["num_key_value_heads"] = text.num_key_value_heads
-    if family == "stablelm":
-        fields["use_qkv_bias"] = True
-    return fields
 
 
 def write_original(folder: Path, model, family: str, *, state: dict | None = None, vision: bool = True) -> Path:
@@ -178,6 +158,9 @@ def write_original(folder: Path, model, family: str, *, state: dict | None = Non
     state = original_state(model, family, vision=vision) if state is None else state
     torch.save(state, source / "pytorch_model.bin")
     return source
+
+
+load = MoeLlavaForConditionalGeneration.from_pretrained
 
 
 def logits_of(model, image_token: int) -> torch.Tensor:
@@ -192,7 +175,7 @@ def test_logits_are_equal_after_the_round_trip(tmp_path, family):
     model = sparse_model(family)
     source = write_original(tmp_path, model, family)
     conversion = convert(source, tmp_path / "converted")
-    converted = MoeLlavaForConditionalGeneration.from_pretrained(tmp_path / "converted")
+    converted = load(tmp_path / "converted")
     assert torch.equal(logits_of(converted, VOCABULARY), logits_of(model, IMAGE_TOKEN))
     assert converted.config.router_aux_loss_coef == 0.02
     assert converted.config.lm_head_bias is (family == "phi")
@@ -215,7 +198,7 @@ def test_gate_and_up_are_not_swapped():
 def test_residual_experts_and_one_expert_per_token_carry_over(tmp_path, family):
     model = sparse_model(family, use_residual=True, num_experts_per_tok=1, norm_topk_prob=False)
     convert(write_original(tmp_path, model, family), tmp_path / "converted")
-    converted = MoeLlavaForConditionalGeneration.from_pretrained(tmp_path / "converted")
+    converted = load(tmp_path / "converted")
     # products of other torch versions differ in the last bit where weights lie at another address
     torch.testing.assert_close(logits_of(converted, VOCABULARY), logits_of(model, IMAGE_TOKEN), rtol=0, atol=1e-6)
 
@@ -229,7 +212,7 @@ def test_sharded_safetensors_are_read(tmp_path):
     for number, part in enumerate((names[::2], names[1::2])):
         save_file({name: state[name] for name in part}, source / f"model-0000{number}.safetensors")
     convert(source, tmp_path / "converted")
-    converted = MoeLlavaForConditionalGeneration.from_pretrained(tmp_path / "converted")
+    converted = load(tmp_path / "converted")
     assert torch.equal(logits_of(converted, VOCABULARY), logits_of(model, IMAGE_TOKEN))
 
 
@@ -237,7 +220,7 @@ def test_a_vision_tower_that_was_not_saved_is_loaded(tmp_path):
     model = sparse_model("phi")
     source = write_original(tmp_path, model, "phi", vision=False)
     conversion = convert(source, tmp_path / "converted")
-    converted = MoeLlavaForConditionalGeneration.from_pretrained(tmp_path / "converted")
+    converted = load(tmp_path / "converted")
     tower = AutoModel.from_pretrained(tmp_path / "tower").state_dict()
     found = converted.model.vision_tower.state_dict()
     assert found.keys() == tower.keys()
@@ -249,25 +232,21 @@ def test_half_precision_is_kept_but_for_the_router(tmp_path):
     model = sparse_model("mistral")
     state = {name: tensor.to(torch.bfloat16) for name, tensor in original_state(model, "mistral").items()}
     convert(write_original(tmp_path, model, "mistral", state=state), tmp_path / "converted")
-    converted = MoeLlavaForConditionalGeneration.from_pretrained(tmp_path / "converted")
+    converted = load(tmp_path / "converted")
     block = converted.model.language_model.layers[0].mlp
     assert block.experts.down_proj.dtype == torch.bfloat16
     assert block.gate.weight.dtype == torch.float32
 
 
-def test_released_routing_is_a_choice(tmp_path):
-    source = write_original(tmp_path, sparse_model("phi"), "phi")
+# with one expert per token there is no second one to sample
+@pytest.mark.parametrize(("top_k", "second_expert"), [(2, "gumbel"), (1, "top")])
+def test_released_routing_is_a_choice(tmp_path, top_k, second_expert):
+    source = write_original(tmp_path, sparse_model("phi", num_experts_per_tok=top_k), "phi")
     config = convert(source, None, dry_run=True).config
     assert (config.router_drop, config.router_second_expert, config.router_aux_loss_type) == (None, "top", "moe_llava")
     config = convert(source, None, dry_run=True, released_routing=True).config
-    assert (config.router_drop, config.router_second_expert) == ("position", "gumbel")
+    assert (config.router_drop, config.router_second_expert) == ("position", second_expert)
     assert (config.router_capacity_factor, config.router_eval_capacity_factor) == (1.5, 2.0)
-
-
-def test_released_routing_samples_no_second_expert_where_there_is_none(tmp_path):
-    source = write_original(tmp_path, sparse_model("phi", num_experts_per_tok=1), "phi")
-    config = convert(source, None, dry_run=True, released_routing=True).config
-    assert (config.router_drop, config.router_second_expert) == ("position", "top")
 
 
 def test_buffers_are_dropped_and_named(tmp_path):
@@ -280,8 +259,7 @@ def test_buffers_are_dropped_and_named(tmp_path):
 
 
 def test_a_dry_run_writes_nothing_and_finds_the_same_problems(tmp_path):
-    model = sparse_model("phi")
-    source = write_original(tmp_path, model, "phi")
+    source = write_original(tmp_path, sparse_model("phi"), "phi")
     before = sorted(tmp_path.rglob("*"))
     printed = str(convert(source, tmp_path / "converted", dry_run=True))
     assert sorted(tmp_path.rglob("*")) == before
@@ -352,14 +330,13 @@ def test_a_target_is_needed_unless_it_is_a_dry_run(tmp_path):
     reason="older transformers reads image processors with torchvision only",
 )
 def test_the_tokenizer_gets_a_token_for_images(tmp_path):
-    model = sparse_model("phi")
-    source = write_original(tmp_path, model, "phi")
+    source = write_original(tmp_path, sparse_model("phi"), "phi")
     processor = tiny_processor()
     processor.tokenizer.save_pretrained(source)
     CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16).save_pretrained(tmp_path / "tower")
     convert(source, tmp_path / "converted")
     written = LlavaProcessor.from_pretrained(tmp_path / "converted")
-    converted = MoeLlavaForConditionalGeneration.from_pretrained(tmp_path / "converted")
+    converted = load(tmp_path / "converted")
     assert converted.config.image_token_index == IMAGE_TOKEN
     assert converted.lm_head.out_features == VOCABULARY
     image = torch.randint(0, 255, (3, 20, 16), dtype=torch.uint8)

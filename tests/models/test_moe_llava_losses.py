@@ -7,22 +7,16 @@ import warnings
 
 import pytest
 import torch
-import transformers
 from peft import LoraConfig, get_peft_model
 
-from models.tiny_llava import image_batch, labels_of, tiny_llava
+from models.tiny_llava import image_batch, labels_of, sparse_llava, train
 from peft_moe.models import MoeLlavaForConditionalGeneration
 from peft_moe.models.moe_llava import modeling_moe_llava
 from peft_moe.models.moe_llava.stages import MoeTuningStage
 
 
-def tiny_moe_llava(**fields) -> MoeLlavaForConditionalGeneration:
-    """Experts that differ, so that routing matters."""
-    return MoeLlavaForConditionalGeneration.from_dense(tiny_llava(), **{"expert_noise": 1.0, **fields})
-
-
 def test_training_loss_holds_the_routers_losses_and_evaluation_does_not():
-    model, batch = tiny_moe_llava(router_aux_loss_coef=0.5, router_z_loss_coef=0.25), image_batch(num_padding=2)
+    model, batch = sparse_llava(router_aux_loss_coef=0.5, router_z_loss_coef=0.25), image_batch(num_padding=2)
     labels = labels_of(batch)
     plain = model(**batch, labels=labels)
     assert plain.aux_loss is None and plain.router_logits is None
@@ -36,7 +30,7 @@ def test_training_loss_holds_the_routers_losses_and_evaluation_does_not():
 
 
 def test_coefficients_of_zero_leave_the_loss_alone():
-    model, batch = tiny_moe_llava(router_aux_loss_coef=0.0).train(), image_batch()
+    model, batch = sparse_llava(router_aux_loss_coef=0.0).train(), image_batch()
     output = model(**batch, labels=labels_of(batch))
     assert output.aux_loss is None
     model.eval()
@@ -44,7 +38,7 @@ def test_coefficients_of_zero_leave_the_loss_alone():
 
 
 def test_losses_of_accumulated_batches_add_up_to_one_mean():
-    model = tiny_moe_llava(router_aux_loss_coef=0.5).train()
+    model = sparse_llava(router_aux_loss_coef=0.5).train()
     batches = [image_batch(num_padding=2), image_batch(num_text_tokens=3, seed=4)]
     items = [int((labels_of(batch)[:, 1:] != -100).sum()) for batch in batches]
     found = sum(model(**b, labels=labels_of(b), num_items_in_batch=torch.tensor(sum(items))).loss for b in batches)
@@ -54,14 +48,14 @@ def test_losses_of_accumulated_batches_add_up_to_one_mean():
 
 
 def test_auxiliary_loss_reaches_every_router():
-    model, batch = tiny_moe_llava(moe_layers="all").train(), image_batch()
+    model, batch = sparse_llava(moe_layers="all").train(), image_batch()
     model(**batch, output_router_logits=True).aux_loss.backward()
     for layer in model.model.language_model.layers:
         assert float(layer.mlp.gate.weight.grad.abs().max()) > 0
 
 
 def test_reentrant_checkpointing_raises_instead_of_losing_a_gradient():
-    model, batch = tiny_moe_llava().train(), image_batch()
+    model, batch = sparse_llava().train(), image_batch()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     model.enable_input_require_grads()
     with pytest.raises(RuntimeError, match='"use_reentrant": False'):
@@ -73,7 +67,7 @@ def test_reentrant_checkpointing_raises_instead_of_losing_a_gradient():
 @pytest.mark.parametrize("reentrant", [False, True], ids=["plain", "reentrant"])
 @pytest.mark.parametrize("how", ["lower-layers-frozen", "lora-on-the-last"])
 def test_a_router_that_does_not_train_needs_no_gradient(how, reentrant):
-    model, batch = tiny_moe_llava().train(), image_batch()
+    model, batch = sparse_llava().train(), image_batch()
     gates = [model.model.language_model.layers[index].mlp.gate for index in (0, 2)]
     if how == "lora-on-the-last":
         names = r".*language_model.layers.2.self_attn\.(q|v)_proj"
@@ -101,7 +95,7 @@ def no_warning_yet():
 
 
 def test_training_without_labels_warns_once(no_warning_yet):
-    model, batch = tiny_moe_llava().train(), image_batch()
+    model, batch = sparse_llava().train(), image_batch()
     with pytest.warns(UserWarning, match="label_smoothing_factor.*outputs.aux_loss") as found:
         model(**batch)
         model(**batch)
@@ -110,7 +104,7 @@ def test_training_without_labels_warns_once(no_warning_yet):
 
 @pytest.mark.parametrize("case", ["labels", "evaluation", "no_grad", "returned", "coefficient 0", "frozen routers"])
 def test_nothing_is_lost_and_nothing_is_said(no_warning_yet, case):
-    model, batch = tiny_moe_llava().train(case != "evaluation"), image_batch()
+    model, batch = sparse_llava().train(case != "evaluation"), image_batch()
     if case == "labels":
         batch["labels"] = labels_of(batch)
     elif case == "returned":
@@ -126,23 +120,17 @@ def test_nothing_is_lost_and_nothing_is_said(no_warning_yet, case):
 
 @pytest.mark.slow
 def test_label_smoothing_of_the_trainer_warns_and_its_evaluation_does_not(no_warning_yet, tmp_path):
-    batch = image_batch(4)
-    batch["labels"] = labels_of(batch)
-    rows = [{name: value[index] for name, value in batch.items()} for index in range(4)]
-    arguments = transformers.TrainingArguments(
-        str(tmp_path), max_steps=1, label_smoothing_factor=0.1, report_to=[], use_cpu=True, disable_tqdm=True
-    )
-    trainer = transformers.Trainer(tiny_moe_llava(), arguments, train_dataset=rows, eval_dataset=rows)
+    with pytest.warns(UserWarning, match="label_smoothing_factor"):
+        trainer = train(sparse_llava(), tmp_path, max_steps=1, label_smoothing_factor=0.1)
+    modeling_moe_llava._warn_of_missing_labels.cache_clear()
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         trainer.evaluate()
     assert not any("label_smoothing_factor" in str(warning.message) for warning in found)
-    with pytest.warns(UserWarning, match="label_smoothing_factor"):
-        trainer.train()
 
 
 def test_number_of_experts_per_token_is_fixed_once_built(tmp_path):
-    model, batch = tiny_moe_llava(), image_batch()
+    model, batch = sparse_llava(), image_batch()
     model.save_pretrained(tmp_path)
     model.config.num_experts_per_tok = 1
     for use in (lambda: model(**batch), lambda: model.save_pretrained(tmp_path / "other")):
@@ -154,7 +142,7 @@ def test_number_of_experts_per_token_is_fixed_once_built(tmp_path):
 
 
 def test_what_trainers_change_on_the_text_configuration_is_saved(tmp_path):
-    model, batch = tiny_moe_llava(), image_batch()
+    model, batch = sparse_llava(), image_batch()
     model.config.text_config.router_aux_loss_coef = 0.5
     model.config.text_config.output_router_logits = True
     model.save_pretrained(tmp_path)

@@ -12,8 +12,7 @@ import pytest
 import transformers
 
 import peft_moe
-from models.tiny_llava import tiny_llava
-from peft_moe.models import MoeLlavaForConditionalGeneration
+from models.tiny_llava import sparse_llava
 
 
 pytestmark = [
@@ -85,8 +84,7 @@ def in_two_processes(folder: Path, layout: dict, implementation: str) -> dict:
     ids=["gated", "gated-eager", "plain", "plain-with-bias"],
 )
 def test_two_processes_equal_one(tmp_path, backbone, implementation, layout):
-    model = MoeLlavaForConditionalGeneration.from_dense(tiny_llava(backbone), expert_noise=1.0)
-    model.save_pretrained(tmp_path)
+    sparse_llava(backbone).save_pretrained(tmp_path)
     report = in_two_processes(tmp_path, layout, implementation)
     assert report["logits"] <= 1e-5
     assert {name: error for name, error in report["gradients"].items() if not error <= 1e-4} == {}

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from models.tiny_llava import image_batch, labels_of, llava_fields, tiny_llava
+from models.tiny_llava import image_batch, labels_of, llava_fields, sparse_llava
 from peft_moe import aux_loss
-from peft_moe.models import MoeLlavaConfig, MoeLlavaForConditionalGeneration
+from peft_moe.models import MoeLlavaConfig
 from peft_moe.models.moe_llava.routing import (
     MoeLlavaTopKRouter,
     expert_capacity,
@@ -64,7 +64,7 @@ def token_output(token, block, *, top_k, use_residual, normalize) -> torch.Tenso
     ids=["top-1", "top-2", "all", "top-2-unnormalised", "top-1-unnormalised", "residual"],
 )
 def test_block_is_the_formula_for_each_token(fields, implementation):
-    sparse = MoeLlavaForConditionalGeneration.from_dense(tiny_llava(), expert_noise=1.0, **fields)
+    sparse = sparse_llava(**fields)
     sparse.set_experts_implementation(implementation)
     block = sparse.model.language_model.layers[0].mlp
     torch.manual_seed(2)
@@ -179,7 +179,7 @@ def test_first_choices_of_all_tokens_come_before_second_choices():
 @pytest.mark.parametrize("num_padding", [0, 3])
 def test_capacity_counts_padding_like_any_token_as_the_original_does(num_padding):
     fields = {"moe_layers": [0], "router_drop": "position", "router_eval_capacity_factor": 0.5}
-    sparse = MoeLlavaForConditionalGeneration.from_dense(tiny_llava(), **fields)
+    sparse = sparse_llava(**fields)
     seen = []
     gate = sparse.model.language_model.layers[0].mlp.gate
     gate.register_forward_hook(lambda module, args, output: seen.append(output))
@@ -194,7 +194,7 @@ def test_capacity_counts_padding_like_any_token_as_the_original_does(num_padding
 
 
 def test_losses_in_generation_do_not_count_padding():
-    sparse = MoeLlavaForConditionalGeneration.from_dense(tiny_llava(), expert_noise=1.0, output_router_logits=True)
+    sparse = sparse_llava(output_router_logits=True)
     batch, losses = image_batch(num_padding=3), []
     sparse.register_forward_hook(lambda module, args, output: losses.append(output.aux_loss))
     sparse.generate(**batch, max_new_tokens=1, do_sample=False)
@@ -222,7 +222,7 @@ def test_pooled_loss_is_that_of_transformers(masked):
 @pytest.mark.parametrize("loss_type", ["switch", "pooled", "moe_llava"])
 def test_padding_does_not_change_the_losses(loss_type):
     fields = {"router_aux_loss_type": loss_type, "router_z_loss_coef": 0.1}
-    sparse = MoeLlavaForConditionalGeneration.from_dense(tiny_llava(), **fields)
+    sparse = sparse_llava(**fields)
     batch = image_batch(num_padding=0)
     padded = image_batch(num_padding=3)
     # the first sample of the padded batch has no padding, so that only the last one can be compared
@@ -333,7 +333,7 @@ def test_router_keeps_its_dtype_only_against_narrowing(narrow):
 
 
 def test_no_token_has_a_say_in_the_routing_of_another():
-    sparse = MoeLlavaForConditionalGeneration.from_dense(tiny_llava(), expert_noise=1.0)
+    sparse = sparse_llava()
     block = sparse.model.language_model.layers[0].mlp
     hidden_states = torch.randn(1, 9, 32)
     with torch.no_grad():
@@ -344,7 +344,7 @@ def test_no_token_has_a_say_in_the_routing_of_another():
 
 def test_batches_of_three_are_like_any_other():
     # the released code takes the output of a dense layer for that of a mixture if the batch has three samples
-    sparse = MoeLlavaForConditionalGeneration.from_dense(tiny_llava(), expert_noise=1.0)
+    sparse = sparse_llava()
     batch = image_batch(3)
     with torch.no_grad():
         together = sparse(**batch, labels=labels_of(batch)).logits

@@ -162,48 +162,29 @@ def test_only_a_dense_llava_can_become_sparse(tmp_path):
         from_dense(str(tmp_path))
 
 
-def test_unknown_field_is_named():
-    with pytest.raises(TypeError, match="num_expert cannot be used .* num_experts"):
-        from_dense(tiny_llava(), num_expert=3)
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (transformers.MixtralConfig(**TEXT, num_local_experts=2), "MixtralSparseMoeBlock, a mixture already"),
+        (text_config("starcoder2", residual_dropout=0.1), "residual_dropout=0.1"),
+        (transformers.ApertusConfig(**TEXT), r"act_fn\.alpha_p \(a weight of the activation\)"),
+    ],
+    ids=["mixture", "dropout", "activation-with-weights"],
+)
+def test_mlps_that_cannot_become_experts_are_refused(config, message):
+    dense = transformers.LlavaConfig(**{**llava_fields(), "text_config": config})
+    with pytest.raises(ValueError, match=message):
+        from_dense(transformers.LlavaForConditionalGeneration(dense))
 
 
-def test_a_mixture_cannot_become_sparse():
-    fields = llava_fields()
-    fields["text_config"] = transformers.MixtralConfig(**text_config().to_dict(), num_local_experts=2)
-    dense = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(**fields))
-    with pytest.raises(ValueError, match="MixtralSparseMoeBlock, a mixture already"):
-        from_dense(dense)
-
-
-def test_an_mlp_that_drops_out_is_refused():
-    with pytest.raises(ValueError, match="residual_dropout=0.1"):
-        from_dense(tiny_llava("starcoder2", residual_dropout=0.1))
-
-
+@pytest.mark.parametrize(("position", "layer"), [(0, 0), (0, 2), (1, 2)], ids=["layer-0", "layer-2", "second-model"])
 @pytest.mark.parametrize("expert_noise", [0.0, 0.5], ids=["copies", "noise"])
-@pytest.mark.parametrize("layer", [0, 2])
-def test_an_mlp_that_only_looks_like_one_is_refused(layer, expert_noise):
-    dense = tiny_llava()
-    mlp = dense.model.language_model.layers[layer].mlp
+def test_an_mlp_that_only_looks_like_one_is_refused(position, layer, expert_noise):
+    models = [tiny_llava(seed=0), tiny_llava(seed=1)]
+    mlp = models[position].model.language_model.layers[layer].mlp
     mlp.forward = lambda x: mlp.down_proj(mlp.up_proj(x))
     with pytest.raises(ValueError, match=f"LlamaMLP computes something else .* layer {layer}"):
-        from_dense(dense, expert_noise=expert_noise)
-
-
-def test_every_dense_model_is_checked():
-    first, second = tiny_llava(seed=0), tiny_llava(seed=1)
-    mlp = second.model.language_model.layers[2].mlp
-    mlp.forward = lambda x: mlp.down_proj(mlp.up_proj(x))
-    with pytest.raises(ValueError, match=r"LlamaMLP computes something else .* layer 2"):
-        from_dense([first, second])
-
-
-def test_an_activation_with_weights_is_refused():
-    fields = llava_fields()
-    fields["text_config"] = transformers.ApertusConfig(**TEXT)
-    dense = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(**fields))
-    with pytest.raises(ValueError, match=r"act_fn\.alpha_p \(a weight of the activation\)"):
-        from_dense(dense)
+        from_dense(models, expert_noise=expert_noise)
 
 
 @pytest.mark.parametrize("from_folder", [False, True], ids=["model", "folder"])
@@ -232,6 +213,8 @@ def test_adapters_have_to_be_merged_first(fields):
     assert largest_difference(merged, from_dense(merged)) <= 1e-5
 
 
-def test_negative_noise_is_refused():
+def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="expert_noise must not be negative"):
         from_dense(tiny_llava(), expert_noise=-0.1)
+    with pytest.raises(TypeError, match="num_expert cannot be used .* num_experts"):
+        from_dense(tiny_llava(), num_expert=3)

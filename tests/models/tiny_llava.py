@@ -1,11 +1,18 @@
-"""Tiny LLaVAs with random weights, one per text backbone; every size is a multiple of 8."""
+"""Tiny LLaVAs with random weights, one per text backbone (all sizes multiples of 8), their batches and training."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+
+import peft_moe
+from peft_moe.models import MoeLlavaForConditionalGeneration
 
 
 IMAGE_TOKEN = 3
@@ -82,6 +89,13 @@ def tiny_llava(backbone: str = "llama", *, seed: int = 0, **text_overrides: Any)
     return model.eval()
 
 
+def sparse_llava(backbone: str = "llama", **fields: Any) -> MoeLlavaForConditionalGeneration:
+    """A sparse one in evaluation mode, whose experts differ, so that routing matters."""
+    dense = tiny_llava(backbone)
+    torch.manual_seed(0)
+    return MoeLlavaForConditionalGeneration.from_dense(dense, **{"expert_noise": 1.0, **fields})
+
+
 def image_batch(batch_size: int = 2, num_text_tokens: int = 7, *, num_padding: int = 0, seed: int = 1) -> dict:
     """An image and text in each sample; the last sample begins with padding."""
     generator = torch.Generator().manual_seed(seed)
@@ -107,19 +121,38 @@ def labels_of(batch: dict) -> torch.Tensor:
     return batch["input_ids"].masked_fill(ignored, -100)
 
 
+def train(
+    model: torch.nn.Module, folder: Path, *, resume_from: str | None = None, num_rows: int = 8, **arguments: Any
+) -> transformers.Trainer:
+    """Three steps of a plain trainer, or what `arguments` say."""
+    batch = image_batch(batch_size=num_rows)
+    batch["labels"] = labels_of(batch)
+    rows = [{name: tensor[index] for name, tensor in batch.items()} for index in range(num_rows)]
+    settings = {"max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "save_strategy": "no"}
+    settings |= {"report_to": [], "use_cpu": True, "disable_tqdm": True}
+    callbacks = arguments.pop("callbacks", None)
+    arguments = transformers.TrainingArguments(str(folder), **{**settings, **arguments})
+    trainer = transformers.Trainer(model, arguments, train_dataset=rows, eval_dataset=rows, callbacks=callbacks)
+    trainer.train(resume_from_checkpoint=resume_from)
+    return trainer
+
+
+def run_python(*command: object, **variables: str) -> str:
+    """What a fresh process prints, which finds this package and these tests."""
+    folders = (Path(peft_moe.__file__).parents[1], Path(__file__).parents[1], os.environ.get("PYTHONPATH", ""))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders)), "OMP_NUM_THREADS": "1", **variables}
+    command = [sys.executable, *map(str, command)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert run.returncode == 0, run.stderr[-5000:]
+    return run.stdout
+
+
 def tiny_processor() -> transformers.LlavaProcessor:
     """One token per word, images of 16 x 16."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = [
-        "<pad>",
-        "<bos>",
-        "<eos>",
-        "<image>",
-        "<unk>",
-        *"abcdefghijklmnopqrstuvwxyz",
-        *(f"w{i}" for i in range(33)),
-    ]
+    special = ["<pad>", "<bos>", "<eos>", "<image>", "<unk>"]
+    words = [*special, *"abcdefghijklmnopqrstuvwxyz", *(f"w{i}" for i in range(33))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return transformers.LlavaProcessor(

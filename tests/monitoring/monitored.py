@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from peft import get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from peft_moe import MoLEConfig
+from peft_moe.monitoring import ExpertLoad, ExpertPathways, record_expert_load, record_pathways
+from peft_moe.monitoring.expert_load import LoadKey
 from peft_moe.routing import TopKRouter
 from tiny_models import tiny_llama
 
@@ -20,6 +23,37 @@ def build(base_model=None, **settings):
     model = tiny_llama() if base_model is None else base_model
     torch.manual_seed(3)
     return get_peft_model(model, MoLEConfig(task_type="CAUSAL_LM", **settings))
+
+
+def load_of(counts: dict[tuple[str, str, str, str], list[int]]) -> ExpertLoad:
+    """`(adapter, router, domain, token group) → counts`."""
+    load = ExpertLoad()
+    for key, values in counts.items():
+        load.add_counts(LoadKey(*key), torch.tensor(values))
+    return load
+
+
+@torch.no_grad()
+def load_in(model, *batches) -> ExpertLoad:
+    with record_expert_load(model) as load:
+        for batch in batches:
+            model(**batch)
+    return load
+
+
+@torch.no_grad()
+def pathways_in(model, *batches, **options) -> ExpertPathways:
+    with record_pathways(model, **options) as pathways:
+        for batch in batches:
+            model(**batch)
+    return pathways
+
+
+def check_picture(path) -> None:
+    """It is large enough to be read, and not of one colour."""
+    pixels = pytest.importorskip("matplotlib.image").imread(path)
+    assert min(pixels.shape[:2]) > 200
+    assert len({tuple(pixel) for pixel in pixels.reshape(-1, pixels.shape[-1])[::7].round(2).tolist()}) > 8
 
 
 class HandCount:
@@ -62,13 +96,8 @@ def rows(num_rows: int, *, seed: int = 0) -> list[dict]:
         input_ids = torch.randint(1, 64, (12,), generator=generator)
         attention_mask = torch.ones_like(input_ids)
         attention_mask[12 - index % 6 :] = 0
-        data.append(
-            {
-                "input_ids": input_ids,
-                "attention_mask": attention_mask,
-                "labels": input_ids.masked_fill(attention_mask == 0, -100),
-            }
-        )
+        labels = input_ids.masked_fill(attention_mask == 0, -100)
+        data.append({"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels})
     return data
 
 

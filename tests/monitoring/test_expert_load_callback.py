@@ -33,13 +33,17 @@ class Reporter(TrainerCallback):
         self.sent.append(dict(logs))
 
 
+def watched():
+    model = build()
+    return ExpertLoadCallback(), model, HandCount(model)
+
+
 def read(path):
     return json.loads((path / "expert_load.json").read_text())
 
 
 def test_counts_of_training_equal_those_of_hooks(tmp_path):
-    callback, model = ExpertLoadCallback(), build()
-    hand = HandCount(model)
+    callback, model, hand = watched()
     trainer_for(model, tmp_path, [callback], max_steps=3).train()
     assert callback.train_load.by_router() == hand.counts["train"]
     assert ExpertLoad.from_dict(read(tmp_path)["train"]).split() == {"train": hand.counts["train"]}
@@ -48,22 +52,18 @@ def test_counts_of_training_equal_those_of_hooks(tmp_path):
 @pytest.mark.parametrize(
     "arguments",
     [
-        pytest.param({"gradient_accumulation_steps": 3}, id="accumulation"),
-        pytest.param({"gradient_checkpointing": True}, id="non-reentrant"),
-        pytest.param(
-            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}, id="reentrant"
-        ),
-        pytest.param(
-            {"gradient_checkpointing": True, "gradient_accumulation_steps": 3}, id="accumulation-checkpointing"
-        ),
+        {"gradient_accumulation_steps": 3},
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        {"gradient_checkpointing": True, "gradient_accumulation_steps": 3},
     ],
+    ids=["accumulation", "non-reentrant", "reentrant", "accumulation-checkpointing"],
 )
 def test_accumulation_and_checkpointing_do_not_change_the_counts(tmp_path, arguments):
     """The hand count needs a run without checkpointing; both runs see the same rows and the same weights."""
     counts = []
     for checkpointing in (False, True):
-        callback, model = ExpertLoadCallback(), build()
-        hand = HandCount(model)
+        callback, model, hand = watched()
         own = arguments if checkpointing else {k: v for k, v in arguments.items() if "checkpointing" not in k}
         trainer_for(model, tmp_path, [callback], **own).train()
         counts.append(callback.train_load.by_router())
@@ -84,12 +84,13 @@ def test_every_reporter_and_the_history_see_the_keys(tmp_path):
     json.dumps(trainer.state.log_history)
 
 
-def test_callback_that_is_added_later_comes_first_too(tmp_path):
+@pytest.mark.parametrize("coef", [0.0, 0.01])
+def test_callback_that_is_added_later_comes_first_too_and_logs_the_loss_that_there_is(tmp_path, coef):
     reporter = Reporter()
-    trainer = trainer_for(build(), tmp_path, [reporter])
+    trainer = trainer_for(build(router_aux_loss_coef=coef), tmp_path, [reporter])
     trainer.add_callback(ExpertLoadCallback())
     trainer.train()
-    assert reporter.sent[0].keys() >= KEYS
+    assert reporter.sent[0].keys() & KEYS == (KEYS if coef else KEYS - {"aux_loss"})
 
 
 def test_every_other_callback_is_called_once_per_event(tmp_path):
@@ -142,13 +143,6 @@ def test_logged_numbers_describe_the_steps_since_the_last_log(tmp_path):
     assert second["expert_load_max_share"] == max(max(counts) / sum(counts) for counts in window.values())
 
 
-def test_no_auxiliary_loss_no_key(tmp_path):
-    reporter = Reporter()
-    trainer_for(build(router_aux_loss_coef=0.0), tmp_path, [ExpertLoadCallback(), reporter]).train()
-    assert reporter.sent[0].keys() >= KEYS - {"aux_loss"}
-    assert "aux_loss" not in reporter.sent[0]
-
-
 def test_training_is_the_same_with_and_without(tmp_path):
     losses = []
     for callbacks in ([], [ExpertLoadCallback()]):
@@ -160,8 +154,7 @@ def test_training_is_the_same_with_and_without(tmp_path):
 
 def test_each_data_set_is_a_domain(tmp_path):
     data = {"chess": rows(5, seed=1), "train": rows(4, seed=2)}
-    callback, model, reporter = ExpertLoadCallback(), build(), Reporter()
-    hand = HandCount(model)
+    (callback, model, hand), reporter = watched(), Reporter()
     trainer = trainer_for(
         model, tmp_path, [callback, reporter], eval_dataset=data, eval_strategy="steps", eval_steps=2, max_steps=4
     )
@@ -183,8 +176,7 @@ def test_each_data_set_is_a_domain(tmp_path):
 
 
 def test_evaluation_and_prediction_without_training(tmp_path):
-    callback, model = ExpertLoadCallback(), build()
-    hand = HandCount(model)
+    callback, model, hand = watched()
     trainer = trainer_for(model, tmp_path, [callback], eval_dataset=rows(5))
     metrics = trainer.evaluate()
     assert callback.eval_load.split() == {"eval": hand.counts["eval"]}
@@ -215,8 +207,7 @@ def test_generating_samples_in_between_does_not_count(tmp_path):
 
 
 def test_forward_passes_outside_training_do_not_count_as_training(tmp_path):
-    callback, model = ExpertLoadCallback(), build()
-    hand = HandCount(model)
+    callback, model, hand = watched()
     trainer = trainer_for(model, tmp_path, [callback], eval_dataset=rows(4))
     trainer.train()
     expected = copy.deepcopy(hand.counts["train"])
@@ -255,17 +246,15 @@ def test_collapse_is_said_once_with_what_to_do(tmp_path, caplog):
     assert "Raise router_aux_loss_coef" in record.message
 
 
-def test_balanced_experts_are_not_warned_about(tmp_path, caplog):
+@pytest.mark.parametrize(
+    ("make", "limits", "logging_steps"),
+    # four steps are two logs
+    [(build, {"min_entropy": 0.01, "max_dead_fraction": 1.0}, 1), (collapsed_model, {"patience": 3}, 2)],
+    ids=["balanced", "not-yet-patience-logs"],
+)
+def test_no_warning_of_collapse(tmp_path, caplog, make, limits, logging_steps):
     with caplog.at_level(logging.WARNING, logger="peft_moe"):
-        trainer_for(
-            build(), tmp_path, [ExpertLoadCallback(min_entropy=0.01, max_dead_fraction=1.0)], logging_steps=1
-        ).train()
-    assert "collapsed" not in caplog.text
-
-
-def test_patience_is_the_number_of_logs_in_a_row(tmp_path, caplog):
-    with caplog.at_level(logging.WARNING, logger="peft_moe"):
-        trainer_for(collapsed_model(), tmp_path, [ExpertLoadCallback(patience=3)], logging_steps=2).train()
+        trainer_for(make(), tmp_path, [ExpertLoadCallback(**limits)], logging_steps=logging_steps).train()
     assert "collapsed" not in caplog.text
 
 
@@ -290,8 +279,7 @@ def test_file_says_where_counting_began(tmp_path):
 
 
 def test_training_again_counts_from_zero(tmp_path):
-    callback, model = ExpertLoadCallback(), build()
-    hand = HandCount(model)
+    callback, model, hand = watched()
     trainer = trainer_for(model, tmp_path, [callback])
     trainer.train()
     hand.counts["train"].clear()
@@ -357,4 +345,4 @@ def test_counting_never_waits_for_the_device(tmp_path, has_images):
     get_recorder(model).listeners.append(count)
     model(**token_batch())
     assert found == [[]]
-    assert callback._window.load.token_groups == (["text", "image"] if has_images else ["all"])
+    assert callback._window.token_groups == (["text", "image"] if has_images else ["all"])

@@ -15,9 +15,10 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
+from trained import FUZZ
 
 from conformance.tuner_cases import CASES, TunerCase
 
@@ -25,9 +26,9 @@ from conformance.tuner_cases import CASES, TunerCase
 Change = Callable[[Path], object]
 WEIGHTS = "adapter_model.safetensors"
 NO_FIT = "The saved weights do not fit the adapter 'default': .*{}.*Nothing was loaded"
-one_case_per_tuner = pytest.mark.parametrize(
-    "case", list({case.tuner: case for case in reversed(CASES)}.values()), ids=lambda case: case.tuner
-)
+ONE_PER_TUNER = list({case.tuner: case for case in reversed(CASES)}.values())
+one_case_per_tuner = pytest.mark.parametrize("case", ONE_PER_TUNER, ids=lambda case: case.tuner)
+EXHAUSTIVE = (pytest.mark.exhaustive, pytest.mark.slow)
 
 
 @pytest.fixture(scope="module")
@@ -179,31 +180,16 @@ def test_what_does_no_harm_loads_as_it_was_saved(case, change, saved, tmp_path):
 
 
 @one_case_per_tuner
-def test_weights_of_lora_under_our_configuration_are_refused(case, saved, tmp_path):
+def test_weights_of_another_method_or_of_other_sizes_are_refused(case, saved, tmp_path):
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    for name, config in (("lora", lora), ("sizes", case.other_config())):
+        get_peft_model(case.model(), config).save_pretrained(tmp_path / name)
+    methods = [tmp_path / "lora", *(saved[other.name] for other in CASES if other.tuner != case.tuner)]
     folder = shutil.copytree(saved[case.name], tmp_path / "adapter")
-    lora = get_peft_model(case.model(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    lora.save_pretrained(tmp_path / "lora")
-    shutil.copy(tmp_path / "lora" / WEIGHTS, folder)
-    with pytest.raises(ValueError, match=NO_FIT.format("are missing from the file")):
-        load(case, folder)
-
-
-@one_case_per_tuner
-def test_adapters_of_each_other_are_refused(case, saved, tmp_path):
-    for other in (other for other in CASES if other.tuner != case.tuner):
-        folder = shutil.copytree(saved[case.name], tmp_path / other.name)
-        shutil.copy(saved[other.name] / WEIGHTS, folder)
-        with pytest.raises(ValueError, match=NO_FIT.format("are missing from the file")):
+    for source in [*methods, tmp_path / "sizes"]:
+        shutil.copy(source / WEIGHTS, folder)
+        with pytest.raises(ValueError, match=NO_FIT.format("are missing from the file" if source in methods else "")):
             load(case, folder)
-
-
-@one_case_per_tuner
-def test_an_adapter_of_other_sizes_under_this_configuration_is_refused(case, saved, tmp_path):
-    folder = shutil.copytree(saved[case.name], tmp_path / "adapter")
-    get_peft_model(case.model(), case.other_config()).save_pretrained(tmp_path / "other")
-    shutil.copy(tmp_path / "other" / WEIGHTS, folder)
-    with pytest.raises(ValueError, match="do not fit the adapter 'default'"):
-        load(case, folder)
 
 
 @one_case_per_tuner
@@ -250,18 +236,18 @@ def edited(tensors: dict[str, torch.Tensor], todo: list[tuple[str, int, Any]]) -
     return tensors
 
 
-def fuzz(case: TunerCase, folder: Path, tmp_path: Path, max_examples: int) -> None:
-    """Whatever is done to the tensors of a file: the model holds them afterwards, each in its place, or it refuses."""
-    good = tensors_of(folder)
-    damaged = shutil.copytree(folder, tmp_path / "adapter")
+ALL_CASES = [pytest.param(case, 200, id=f"{case.name}-200", marks=EXHAUSTIVE) for case in CASES]
 
-    @settings(
-        max_examples=max_examples,
-        derandomize=True,
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
+
+@pytest.mark.parametrize(
+    ("case", "max_examples"), [*(pytest.param(case, 20, id=case.tuner) for case in ONE_PER_TUNER), *ALL_CASES]
+)
+def test_edited_tensors_load_as_they_are_or_not_at_all(case, max_examples, saved, tmp_path):
+    """Whatever is done to the tensors of a file: the model holds them afterwards, each in its place, or it refuses."""
+    good = tensors_of(saved[case.name])
+    damaged = shutil.copytree(saved[case.name], tmp_path / "adapter")
+
+    @settings(max_examples=max_examples, **FUZZ)
     @given(edits())
     def run(todo: list[tuple[str, int, Any]]) -> None:
         tensors = edited(good, todo)
@@ -279,18 +265,6 @@ def fuzz(case: TunerCase, folder: Path, tmp_path: Path, max_examples: int) -> No
         assert all(torch.equal(found[name], tensors[name].to(found[name].dtype)) for name in found)
 
     run()
-
-
-@one_case_per_tuner
-def test_edited_tensors_load_as_they_are_or_not_at_all(case, saved, tmp_path):
-    fuzz(case, saved[case.name], tmp_path, 20)
-
-
-@pytest.mark.exhaustive
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_edited_tensors_load_as_they_are_or_not_at_all_exhaustive(case, saved, tmp_path):
-    fuzz(case, saved[case.name], tmp_path, 200)
 
 
 @pytest.mark.exhaustive

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import warnings
 from typing import Any
@@ -11,8 +12,9 @@ import peft
 import pytest
 import torch
 import transformers
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from trained import FUZZ
 
 from conformance.tuner_cases import CASES, TunerCase, moextend
 from peft_moe import MoCLEConfig, MoExtendConfig, MoLEConfig
@@ -66,43 +68,13 @@ PLAUSIBLE = {
     "checkpoint_format": st.just(1),
 }
 # what comes out of a json file, a typo or a wrong variable
-ODD = st.sampled_from(
-    [
-        *(
-            None,
-            True,
-            False,
-            0,
-            1,
-            2,
-            3,
-            7,
-            -1,
-            2.5,
-            0.0,
-            0.5,
-            float("nan"),
-            float("inf"),
-            -float("inf"),
-            1e308,
-            1e-320,
-        ),
-        *("", "x", "8", "up_proj", "all-linear", "(", ".*", b"x", 1 + 2j, object(), torch.float32, torch.tensor(1)),
-        *([], ["up_proj"], ["up_proj", 3], [1], [None], [[1.0]], ("up_proj",), {"up_proj"}, lambda: None),
-        *(
-            {},
-            {"up_proj": 2},
-            {"up_proj": -1},
-            {"up_proj": None},
-            {1: 2},
-            {"(": 2},
-            {0: 1},
-            {"0": 1},
-            {0: [1]},
-            {None: 1},
-        ),
-    ]
-)
+NUMBERS = [True, False, 0, 1, 2, 3, 7, -1, 2.5, 0.0, 0.5, math.nan, math.inf, -math.inf, 1e308, 1e-320, 1 + 2j]
+WORDS = ["", "x", "8", "up_proj", "all-linear", "(", ".*", b"x"]
+LISTS = [[], ["up_proj"], ["up_proj", 3], [1], [None], [[1.0]], ("up_proj",), {"up_proj"}]
+BY_NAME = [{}, {"up_proj": 2}, {"up_proj": -1}, {"up_proj": None}, {"(": 2}, {"0": 1}]
+BY_NUMBER = [{1: 2}, {0: 1}, {0: [1]}, {None: 1}]
+OBJECTS = [None, object(), torch.float32, torch.tensor(1), lambda: None]
+ODD = st.sampled_from([*NUMBERS, *WORDS, *LISTS, *BY_NAME, *BY_NUMBER, *OBJECTS])
 
 
 def fields_of(method: str) -> list[str]:
@@ -145,14 +117,11 @@ def check(method: str, fields: dict[str, Any]) -> None:
     assert not unreached, unreached
 
 
-def fuzz(method: str, max_examples: int) -> None:
-    @settings(
-        max_examples=max_examples,
-        derandomize=True,
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
+@pytest.mark.slow
+@pytest.mark.parametrize("max_examples", [60, pytest.param(1000, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("method", CONFIGS)
+def test_any_fields_are_refused_by_name_or_train(method, max_examples):
+    @settings(max_examples=max_examples, **FUZZ)
     @given(overrides(method))
     def run(fields: dict[str, Any]) -> None:
         with warnings.catch_warnings():
@@ -161,16 +130,3 @@ def fuzz(method: str, max_examples: int) -> None:
 
     transformers.logging.set_verbosity_error()
     run()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", CONFIGS)
-def test_any_fields_are_refused_by_name_or_train(method):
-    fuzz(method, 60)
-
-
-@pytest.mark.exhaustive
-@pytest.mark.slow
-@pytest.mark.parametrize("method", CONFIGS)
-def test_any_fields_are_refused_by_name_or_train_exhaustive(method):
-    fuzz(method, 1000)

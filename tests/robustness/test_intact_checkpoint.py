@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from trained import trainer
+from trained import Evil, trainer
 
 from peft_moe import ExpertLoadCallback, find_intact_checkpoint
 
@@ -40,53 +40,28 @@ def copy(trained, tmp_path):
     return make
 
 
-def cut(path: Path) -> None:
-    os.truncate(path, path.stat().st_size - 1)
-
-
-def halve(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
-
-
-def empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-def zero(path: Path) -> None:
-    """What a machine that went down can leave: the right size and nothing in it."""
-    path.write_bytes(bytes(path.stat().st_size))
-
-
-def flip(path: Path, position: int | None = None) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2 if position is None else position] ^= 0x10
-    path.write_bytes(content)
-
-
-def to_folder(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-def to_pipe(path: Path) -> None:
-    """Opening it would wait for ever."""
-    path.unlink()
-    os.mkfifo(path)
-
-
 FILES = ["adapter_model.safetensors", "adapter_config.json", "optimizer.pt", "scheduler.pt", "rng_state.pth",
          "trainer_state.json"]  # fmt: skip
-DAMAGE = [Path.unlink, halve, empty, zero, to_folder, to_pipe]
+DAMAGE = {
+    "missing": Path.unlink,
+    "half": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "empty": lambda path: path.write_bytes(b""),
+    # what a machine that went down can leave: the right size and nothing in it
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "folder": lambda path: (path.unlink(), path.mkdir()),
+    # opening it would wait for ever
+    "pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+}
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("damage", DAMAGE, ids=lambda function: function.__name__)
+@pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("name", FILES)
 def test_damaged_checkpoint_is_skipped_and_the_file_named(name, damage, copy, caplog):
     output_dir = copy("plain")
     assert find_intact_checkpoint(output_dir) == str(output_dir / "checkpoint-4")
     caplog.clear()
-    damage(output_dir / "checkpoint-4" / name)
+    DAMAGE[damage](output_dir / "checkpoint-4" / name)
     assert find_intact_checkpoint(output_dir) == str(output_dir / "checkpoint-2")
     (record,) = caplog.records
     assert record.levelname == "WARNING"
@@ -98,7 +73,7 @@ def test_where_nothing_is_whole_there_is_no_checkpoint(copy, tmp_path, caplog):
     assert find_intact_checkpoint(tmp_path / "not made yet") is None
     output_dir = copy("plain")
     for step in (2, 4):
-        empty(output_dir / f"checkpoint-{step}" / "trainer_state.json")
+        (output_dir / f"checkpoint-{step}" / "trainer_state.json").write_bytes(b"")
     assert find_intact_checkpoint(output_dir) is None
     assert len(caplog.records) == 2
 
@@ -125,13 +100,6 @@ def test_an_error_of_the_system_is_no_damage(name, copy):
     assert caught.value.errno == errno.EIO
 
 
-def test_a_checkpoint_that_says_it_is_incomplete_is_believed(copy, caplog):
-    output_dir = copy("plain")
-    (output_dir / "checkpoint-4" / "checkpoint-is-incomplete.txt").touch()
-    assert find_intact_checkpoint(output_dir) == str(output_dir / "checkpoint-2")
-    assert "which is not whole: checkpoint-is-incomplete.txt says so" in caplog.text
-
-
 def test_steps_are_compared_as_numbers_and_other_names_are_left_alone(copy):
     output_dir = copy("plain")
     for name, step in (("checkpoint-10", 10), ("checkpoint-99-old", 99)):
@@ -149,45 +117,27 @@ def test_states_may_be_those_of_several_processes(copy):
     assert find_intact_checkpoint(checkpoint.parent) == str(checkpoint)
 
 
-def test_a_state_of_another_step_is_a_mixture(copy, caplog):
-    output_dir = copy("plain")
-    shutil.copy(output_dir / "checkpoint-2" / "trainer_state.json", output_dir / "checkpoint-4")
-    assert find_intact_checkpoint(output_dir) == str(output_dir / "checkpoint-2")
-    assert "trainer_state.json is of step 2" in caplog.text
-
-
-def without_optimizer(folder: Path) -> None:
-    for name in ("optimizer.pt", "scheduler.pt"):
-        (folder / name).unlink()
-
-
-def without_a_kind(folder: Path) -> None:
-    (folder / "adapter_config.json").write_text('{"r": 2}')
-
-
-def without_weights(folder: Path) -> None:
-    for path in folder.glob("adapter_*"):
-        path.unlink()
-
-
 def of_a_bare_archive(folder: Path) -> None:
     with zipfile.ZipFile(folder / "optimizer.pt", "w") as archive:
         archive.writestr("notes.txt", "no tensors")
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (without_optimizer, "optimizer.pt and scheduler.pt missing"),
-        (without_a_kind, "adapter_config.json names no peft_type"),
-        (without_weights, "checkpoint-4 holds no weights, such as adapter_model.safetensors"),
-        (of_a_bare_archive, "optimizer.pt is no file of torch.save"),
+NOT_WHOLE = {
+    "which is not whole: checkpoint-is-incomplete.txt says so": lambda f: (f / "checkpoint-is-incomplete.txt").touch(),
+    "trainer_state.json is of step 2": lambda f: shutil.copy(f.parent / "checkpoint-2" / "trainer_state.json", f),
+    "optimizer.pt and scheduler.pt missing": lambda f: [(f / n).unlink() for n in ("optimizer.pt", "scheduler.pt")],
+    "adapter_config.json names no peft_type": lambda f: (f / "adapter_config.json").write_text('{"r": 2}'),
+    "checkpoint-4 holds no weights, such as adapter_model.safetensors": lambda f: [
+        path.unlink() for path in f.glob("adapter_*")
     ],
-    ids=lambda value: value.__name__.replace("_", "-") if callable(value) else "",
-)
-def test_what_is_no_whole_checkpoint_is_said(change, message, copy, caplog):
+    "optimizer.pt is no file of torch.save": of_a_bare_archive,
+}
+
+
+@pytest.mark.parametrize("message", NOT_WHOLE)
+def test_what_is_no_whole_checkpoint_is_said(message, copy, caplog):
     output_dir = copy("plain")
-    change(output_dir / "checkpoint-4")
+    NOT_WHOLE[message](output_dir / "checkpoint-4")
     assert find_intact_checkpoint(output_dir) == str(output_dir / "checkpoint-2")
     assert message in caplog.text
 
@@ -220,7 +170,7 @@ SHARD = "model-00002-of-00002.safetensors"
     ("change", "message"),
     [
         (lambda folder: (folder / SHARD).unlink(), f"{SHARD} is missing"),
-        (lambda folder: cut(folder / SHARD), f"{SHARD} cannot be read"),
+        (lambda folder: (folder / SHARD).write_bytes((folder / SHARD).read_bytes()[:-1]), f"{SHARD} cannot be read"),
         (lambda folder: shutil.copy(folder / SHARD.replace("2-of", "1-of"), folder / SHARD), f"{SHARD} lacks"),
         (lambda folder: (folder / "model.safetensors.index.json").write_text("{}"), "has no weight_map"),
         (
@@ -237,16 +187,6 @@ def test_every_shard_of_a_model_has_to_be_there(change, message, copy, caplog):
     change(output_dir / "checkpoint-4")
     assert find_intact_checkpoint(output_dir) == str(output_dir / "checkpoint-2")
     assert message in caplog.text
-
-
-class Evil:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
 
 
 @pytest.mark.parametrize("archived", [True, False], ids=["archive", "bare-pickle"])
@@ -268,7 +208,7 @@ def test_a_wrong_byte_in_a_state_is_found_or_harmless_or_refused_by_torch(copy):
     path = output_dir / "checkpoint-4" / "scheduler.pt"
     good, expected, num_found = path.read_bytes(), torch.load(path), 0
     for position in range(0, len(good), 5):
-        flip(path, position)
+        path.write_bytes(good[:position] + bytes([good[position] ^ 0x10]) + good[position + 1 :])
         if find_intact_checkpoint(output_dir) == str(output_dir / "checkpoint-2"):
             num_found += 1
         else:
@@ -282,7 +222,7 @@ def test_a_wrong_byte_in_a_state_is_found_or_harmless_or_refused_by_torch(copy):
 
 def test_training_that_resumes_ends_with_the_same_weights(copy, trained):
     output_dir = copy("plain")
-    empty(output_dir / "checkpoint-4" / "optimizer.pt")
+    (output_dir / "checkpoint-4" / "optimizer.pt").write_bytes(b"")
     trainer(output_dir, ExpertLoadCallback()).train(resume_from_checkpoint=find_intact_checkpoint(output_dir))
     assert find_intact_checkpoint(output_dir) == str(output_dir / "checkpoint-4")
     name = "checkpoint-4/adapter_model.safetensors"

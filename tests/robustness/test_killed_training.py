@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from trained import run_script
 
-import peft_moe
 
-
-SCRIPT = Path(__file__).parent / "train_and_die.py"
 UNINTERRUPTED = {"name": "uninterrupted", "limit": None, "die_at": None, "when": None}
 
 
@@ -30,12 +25,8 @@ def run(jobs: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
     """What the script says about each job."""
     jobs = [{**entry, "folder": str(folder / str(number))} for number, entry in enumerate(jobs)]
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    environment = {**os.environ, "PYTHONPATH": str(Path(peft_moe.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPT), str(folder / "jobs.json"), str(folder / "results.json")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr
-    found = json.loads((folder / "results.json").read_text())
-    return {"stderr": done.stderr, **found}
+    stderr = run_script("train_and_die.py", folder / "jobs.json", folder / "results.json")
+    return {"stderr": stderr, **json.loads((folder / "results.json").read_text())}
 
 
 FOUR = "checkpoint-4"

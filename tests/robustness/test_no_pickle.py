@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import pickle
 import re
-import tokenize
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
+from trained import Evil
 
 import peft_moe
 from conformance.tuner_cases import CASES
@@ -28,30 +29,63 @@ from peft_moe.models.moe_llava.convert_original import convert
 
 PACKAGE = Path(peft_moe.__file__).parent
 FORBIDDEN = re.compile(
-    r"\b(c?pickle|_pickle|cloudpickle|dill|joblib|marshal|shelve|skops)\b|\b(read|to)_pickle\b|\ballow_pickle\b"
-    r"|\btorch \. (load|save|package|hub|jit \. load|serialization)\b"
-    r"|\bfrom torch(?: \. \w+)* import .*(\b(load|save|hub)\b|\*)"
+    r"(.*\.)?(_?pickle|cPickle|cloudpickle|dill|joblib|marshal|shelve|skops)(\..*)?"
+    r"|(.*\.)?(read_pickle|to_pickle|load_module|load_state_dict_from_url)"
     # between processes: `all_gather_object`, `broadcast_object_list`, ...
-    r"|\b(gather|all_gather|broadcast|scatter|send|recv)_object(_list)?\b|\bload_state_dict_from_url\b"
-    r"|\btrust_remote_code = (?!False)|(?<!\. )\b(eval|exec|__import__)\b|\bbuiltins\b"
+    r"|(.*\.)?(all_gather|gather|broadcast|scatter|send|recv)_object(_list)?"
+    r"|torch\.(serialization\.)?(load|save)|torch\.(hub|jit)\.load|torch\.package(\..*)?"
+    r"|yaml\.load|eval|exec|__import__|[^.]*\.\*"
 )
-NO_CODE = (tokenize.STRING, tokenize.COMMENT)
+SAFE_LOAD = "torch.load with weights_only=True"
+
+
+def imports(tree: ast.AST) -> list[tuple[str, str]]:
+    """What a module calls the things that it imports, and what they are."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            start = "" if isinstance(node, ast.Import) else "." * node.level + f"{node.module or ''}."
+            found += [(alias.asname or alias.name, f"{start}{alias.name}") for alias in node.names]
+    return found
+
+
+def dotted(node: ast.AST, names: dict[str, str]) -> str:
+    """The name of what a node refers to, as it would be imported."""
+    if isinstance(node, ast.Attribute):
+        found = f"{dotted(node.value, names)}.{node.attr}"
+    elif isinstance(node, ast.Call) and dotted(node.func, names) == "getattr" and len(node.args) > 1:
+        found = f"{dotted(node.args[0], names)}.{getattr(node.args[1], 'value', '?')}"
+    else:
+        found = names.get(node.id, node.id) if isinstance(node, ast.Name) else "?"
+    return found.removeprefix("builtins.")
 
 
 def offences(source: str) -> list[str]:
-    """Every line, with blanks between its tokens, that reads or writes a pickle, or runs what it has read."""
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    code = " ".join(token.string for token in tokens if token.type not in NO_CODE)
-    return [line.strip() for line in code.splitlines() if FORBIDDEN.search(line)]
+    """Every way in which a module reads or writes a pickle, or runs what it has read; and `SAFE_LOAD`."""
+    tree = ast.parse(source)
+    imported = imports(tree)
+    names, safe, found = dict(imported), set(), [name for _, name in imported if FORBIDDEN.fullmatch(name)]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            keywords = {keyword.arg: getattr(keyword.value, "value", "?") for keyword in node.keywords}
+            name = dotted(node.func, names)
+            if name in ("torch.load", "torch.serialization.load") and keywords.get("weights_only") is True:
+                found.append(SAFE_LOAD)
+                safe.add(node.func)
+            if name == "importlib.import_module" and FORBIDDEN.fullmatch(str(getattr(node.args[0], "value", ""))):
+                found.append(name)
+            found += [key for key in ("allow_pickle", "trust_remote_code") if keywords.get(key, False) is not False]
+        # a function that is handed on is as good as one that is called
+        if isinstance(node, (ast.Name, ast.Attribute, ast.Call)) and node not in safe:
+            found += [name for name in [dotted(node, names)] if FORBIDDEN.fullmatch(name)]
+    return found
 
 
 def test_no_module_reads_or_writes_a_pickle_but_the_one_that_converts_original_checkpoints():
     found = {path: offences(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
     assert len(found) > 50
-    found = {path.relative_to(PACKAGE).as_posix(): lines for path, lines in found.items() if lines}
-    (line,) = found.pop("models/moe_llava/convert_original.py")
-    assert not found
-    assert "weights_only = True" in line and line.count("torch . load") == 1
+    found = {path.relative_to(PACKAGE).as_posix(): names for path, names in found.items() if names}
+    assert found == {"models/moe_llava/convert_original.py": [SAFE_LOAD]}
 
 
 @pytest.mark.parametrize(
@@ -60,36 +94,46 @@ def test_no_module_reads_or_writes_a_pickle_but_the_one_that_converts_original_c
         "import pickle",
         "from joblib import load",
         "import sklearn.externals.joblib as j",
+        "importlib.import_module('pickle')",
+        "from importlib import import_module as load\nload('dill.source')",
         "from torch import load",
         "from torch import *",
-        "from torch import serialization, save as s",
         "torch.load(f)",
+        "torch.load(f, weights_only=False)",
+        "torch.load(f, weights_only=flag)",
+        "torch.load(f, **options)",
         "read = torch.load",
+        "getattr(torch, 'load')(f)",
+        "import torch as t\nt.load(f)",
+        "from torch import serialization as s\ns.load(f)",
         "torch.serialization.load(f)",
+        "torch.serialization.pickle.load(f)",
         "torch.hub.load_state_dict_from_url(url)",
+        "from torch.hub import load_state_dict_from_url",
+        "torch.package.PackageImporter(f)",
         "torch.save(x, f)",
         "np.load(f, allow_pickle=True)",
         "AutoModel.from_pretrained(name, trust_remote_code=flag)",
         "frame.read_pickle(f)",
         "dist.all_gather_object(found, value)",
         "dist.broadcast_object_list(values)",
+        "from accelerate.utils import gather_object",
         "eval(text)",
+        "import builtins as b\nb.eval(text)",
         "map(exec, texts)",
     ],
 )
 def test_offences_are_seen(source):
-    assert offences(source)
-    assert not offences(f"# {source}\nmodel.eval()\njson.load(f)\nmodel.save('{source}')")
+    assert set(offences(source)) - {SAFE_LOAD}
 
 
-class Evil:
-    """Makes a file when it is unpickled."""
+def test_other_code_is_none():
+    source = "model.eval()\njson.load(f)\nmodel.save('torch.save')\ndist.all_gather(found, value)  # eval(x)"
+    assert offences(f"from .package import load\nload(f)\nimportlib.import_module(name)\n{source}") == []
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
 
-    def __reduce__(self):
-        return Path.touch, (self.path,)
+def test_a_safe_load_is_seen_as_one():
+    assert offences("import torch as t\nt.load(f, weights_only=True)") == [SAFE_LOAD]
 
 
 @pytest.fixture(params=["bare", "archive", "in-a-state-dict"])

@@ -25,13 +25,10 @@ from typing import Any
 import peft.peft_model
 import torch
 import transformers
+from trained import trainer
 from transformers import TrainerState
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from trained import trainer  # noqa: E402
-
-from peft_moe import ExpertLoadCallback, find_intact_checkpoint  # noqa: E402
+from peft_moe import ExpertLoadCallback, find_intact_checkpoint
 
 
 def kill_self() -> None:

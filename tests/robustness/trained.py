@@ -1,17 +1,50 @@
-"""A tiny MoLE adapter in training, for tests of what its checkpoints are worth."""
+"""What tests of this folder share: a tiny MoLE adapter in training, scripts in processes, an evil pickle."""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from hypothesis import HealthCheck
 from peft import get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+import peft_moe
 from peft_moe import MoLEConfig
 from tiny_models import tiny_llama, token_batch
+
+
+HERE = Path(__file__).parent
+FUZZ: dict[str, Any] = {
+    "derandomize": True,
+    "deadline": None,
+    "database": None,
+    "suppress_health_check": list(HealthCheck),
+}
+
+
+class Evil:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def run_script(name: str, *arguments: object) -> str:
+    """Run a script of this folder in a process of its own; what it has written to stderr."""
+    folders = (Path(peft_moe.__file__).parents[1], HERE.parent, HERE)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders)), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(HERE / name), *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
 
 
 def adapter_config(**overrides: Any) -> MoLEConfig:
@@ -47,8 +80,3 @@ def trainer(
     }
     arguments = TrainingArguments(str(output_dir), **{**settings, **overrides})
     return Trainer(model, arguments, train_dataset=rows, eval_dataset=rows[:4], callbacks=list(callbacks))
-
-
-def checkpoints(output_dir: Path) -> list[str]:
-    """Their names."""
-    return sorted(path.name for path in output_dir.glob("checkpoint-*"))

@@ -29,39 +29,6 @@ TRAIN = "train"
 T = TypeVar("T")
 
 
-class TrainWindow:
-    """Counts and auxiliary losses of a few forward passes; reading them is the only thing that waits for the device.
-
-    Args:
-        load ([`ExpertLoad`]): an empty load to fill.
-    """
-
-    def __init__(self, load: ExpertLoad) -> None:
-        self.load = load
-        self._aux_loss_sum: torch.Tensor | float = 0.0
-        self._num_aux_losses = 0
-
-    def add_pass(self, forward_pass: ForwardPass, recorder: RoutingRecorder, *, domain: str) -> None:
-        """Add one finished pass of `recorder`."""
-        self.load.add_pass(forward_pass, domain=domain)
-        aux_loss = recorder.context.find_hook(AuxLoss)
-        if aux_loss is not None:
-            with torch.no_grad():
-                total = aux_loss.total(forward_pass, statistics_of(forward_pass))
-            if total is not None:
-                self._aux_loss_sum = self._aux_loss_sum + total
-                self._num_aux_losses += 1
-
-    def mean_aux_loss(self) -> float | None:
-        """Mean of the weighted auxiliary loss over the passes of all processes, each of which has to call this.
-
-        `None` where no adapter has one.
-        """
-        gathered = gather_json((float(self._aux_loss_sum), self._num_aux_losses))
-        num_aux_losses = sum(number for _, number in gathered)
-        return sum(total for total, _ in gathered) / num_aux_losses if num_aux_losses else None
-
-
 class ExpertLoadCallback(TrainerCallback):
     """Counts what every expert gets in training and evaluation, logs a summary, and writes the full table to a file.
 
@@ -126,12 +93,14 @@ class ExpertLoadCallback(TrainerCallback):
         self._stop_listening: weakref.finalize[Any, Any] | None = None
         self._handler: weakref.ref[CallbackHandler] | None = None
         self._image_token_id: int | None = None
+        self._aux_losses: list[torch.Tensor] = []
         self._is_training = False
         self._misses_batches = False
         self._num_collapsed_logs = 0
         self._has_warned = False
         self._train_from_step = 0
-        self._window, self._eval_window = TrainWindow(self._new_load()), self._new_load()
+        self._begin_window()
+        self._eval_window = self._new_load()
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -144,7 +113,7 @@ class ExpertLoadCallback(TrainerCallback):
     ) -> None:
         """Count from zero, or go on with the counts of the checkpoint that training resumes from."""
         self._join(kwargs["model"], is_required=True)
-        self._window = TrainWindow(self._new_load())
+        self._begin_window()
         self._num_collapsed_logs, self._has_warned = 0, False
         self._is_training = True
         self._resume(args, state)
@@ -218,8 +187,8 @@ class ExpertLoadCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Count the steps after the last log too, and write the file."""
-        self.train_load = self.train_load + self._window.load.all_reduce()
-        self._window = TrainWindow(self._new_load())
+        self.train_load = self.train_load + self._window.all_reduce()
+        self._begin_window()
         self._is_training = False
         self._write(args, state)
 
@@ -250,7 +219,12 @@ class ExpertLoadCallback(TrainerCallback):
         self._stop_listening = _listen_weakly(self._count, self, recorder, recording)
         self._recorder = weakref.ref(recorder)
         self._image_token_id = ExpertLoad.for_model(model).image_token_id
-        self._window, self._eval_window = TrainWindow(self._new_load()), self._new_load()
+        self._begin_window()
+        self._eval_window = self._new_load()
+
+    def _begin_window(self) -> None:
+        """Forget what the steps since the last log have counted. Only reading it waits for the device."""
+        self._window, self._aux_losses = self._new_load(), []
 
     def _new_load(self) -> ExpertLoad:
         return ExpertLoad(image_token_id=self._image_token_id)
@@ -260,16 +234,21 @@ class ExpertLoadCallback(TrainerCallback):
         recorder = _alive(self._recorder)
         if forward_pass.has_gradient:
             if self._is_training and recorder is not None:
-                self._window.add_pass(forward_pass, recorder, domain=TRAIN)
+                self._window.add_pass(forward_pass, domain=TRAIN)
+                aux_loss = recorder.context.find_hook(AuxLoss)
+                with torch.no_grad():
+                    total = None if aux_loss is None else aux_loss.total(forward_pass, statistics_of(forward_pass))
+                self._aux_losses += [] if total is None else [total]
         elif _is_evaluating(_alive(self._handler)):
             self._eval_window.add_pass(forward_pass)
 
     def _end_window(self, state: TrainerState) -> dict[str, float]:
-        """What the steps since the last log add to the logs."""
-        window, self._window = self._window, TrainWindow(self._new_load())
-        load, aux_loss = window.load.all_reduce(), window.mean_aux_loss()
+        """What the steps since the last log add to the logs; all processes have to call it."""
+        load = self._window.all_reduce()
+        totals, numbers = zip(*gather_json((float(sum(self._aux_losses)), len(self._aux_losses))), strict=True)
+        self._begin_window()
         self.train_load = self.train_load + load
-        added = {} if aux_loss is None else {"aux_loss": aux_loss}
+        added = {"aux_loss": sum(totals) / sum(numbers)} if any(numbers) else {}
         summary = load.summary(dead_threshold=self.dead_threshold)
         if summary is not None:
             added.update(_log_keys(summary))
@@ -315,7 +294,7 @@ class ExpertLoadCallback(TrainerCallback):
         """Write the file whole or not at all; all processes have to call this."""
         if self.file_name is None:
             return
-        train_load = self.train_load + self._window.load.all_reduce()
+        train_load = self.train_load + self._window.all_reduce()
         if not state.is_world_process_zero:
             return
         table = {
@@ -347,8 +326,9 @@ def _alive(reference: weakref.ref[T] | None) -> T | None:
 def _calling_handler(callback: TrainerCallback) -> CallbackHandler | None:
     """The handler that has just called `callback`, found on the call stack.
 
-    No argument of any event leads to it, and only it says in which order callbacks are called and, from the first
-    batch on, whether the evaluation loop runs.
+    No argument of any event leads to it. Trainer calls the reporters of `report_to` before `callbacks=[...]`, so that
+    keys added in `on_log` would reach `log_history` but no reporter; and only the handler says, from the first batch
+    on, whether the evaluation loop runs.
     """
     frame = inspect.currentframe()
     while frame is not None:

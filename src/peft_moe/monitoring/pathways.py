@@ -15,16 +15,7 @@ from torch import nn
 from ..foreign_moe import listen_to_routers
 from ..forward_context import ForwardPass
 from ..routing_recorder import RouterRecord, records_of
-from .expert_load import (
-    ALL,
-    IMAGE,
-    TEXT,
-    ExpertLoad,
-    LoadKey,
-    gather_json,
-    image_positions,
-    image_token_id_of,
-)
+from .expert_load import ALL, IMAGE, TEXT, ExpertLoad, LoadKey, gather_json, image_positions, image_token_id_of
 
 
 CHOICES = ("top_1", "top_k")
@@ -184,9 +175,13 @@ class ExpertPathways:
     def _add(self, other: ExpertPathways) -> None:
         if other.choice != self.choice:
             raise ValueError(f"Pathways of choice {self.choice!r} cannot be added to those of {other.choice!r}.")
-        for key, by_group in other.counts.items():
+        for key, group, counts in other._entries():
+            self._counts_of(key, group, counts.num_experts, counts.widths).add(*counts.merged())
+
+    def _entries(self) -> Iterator[tuple[StackKey, str, PathwayCounts]]:
+        for key, by_group in self.counts.items():
             for group, counts in by_group.items():
-                self._counts_of(key, group, counts.num_experts, counts.widths).add(*counts.merged())
+                yield key, group, counts
 
     def __add__(self, other: ExpertPathways) -> ExpertPathways:
         total = ExpertPathways(choice=self.choice, image_token_id=self.image_token_id)
@@ -209,7 +204,7 @@ class ExpertPathways:
     @property
     def token_groups(self) -> list[str]:
         """Token groups that have counts, in order of appearance."""
-        return list(dict.fromkeys(group for by_group in self.counts.values() for group in by_group))
+        return list(dict.fromkeys(group for _, group, _ in self._entries()))
 
     def merged(
         self, *, token_group: str | None = None, stack: str | None = None
@@ -236,10 +231,7 @@ class ExpertPathways:
                 f"No token of group {token_group!r} was counted in {name!r}. Choose one of {list(by_group)}; 'text' "
                 "and 'image' need a config with image_token_id (or image_token_index) and calls with input_ids."
             )
-        if token_group is not None or len(by_group) == 1:
-            chosen = by_group[token_group] if token_group is not None else next(iter(by_group.values()))
-            return key, chosen, *chosen.merged()
-        parts = list(by_group.values())
+        parts = list(by_group.values()) if token_group is None else [by_group[token_group]]
         total = PathwayCounts(parts[0].num_experts, parts[0].widths)
         for part in parts:
             total.add(*part.merged())
@@ -295,34 +287,23 @@ class ExpertPathways:
     def expert_load(self) -> ExpertLoad:
         """How many of the pathways' tokens visit each expert: with `choice="top_1"`, the load that the paper plots."""
         load = ExpertLoad(image_token_id=self.image_token_id)
-        for key, by_group in self.counts.items():
-            for group, counted in by_group.items():
-                rows, counts = counted.merged()
-                layers = zip(key.routers, counted.num_experts, _by_router(rows, counted.widths), strict=True)
-                for name, num_experts, part in layers:
-                    found = torch.zeros(num_experts + 1, dtype=torch.long)
-                    found.scatter_add_(0, part.long().reshape(-1), counts.unsqueeze(-1).expand(part.shape).reshape(-1))
-                    router = name.partition("#")[0]
-                    load.add_counts(LoadKey(key.adapter, router, ALL, group), found[:num_experts])
+        for key, group, counted in self._entries():
+            rows, counts = counted.merged()
+            layers = zip(key.routers, counted.num_experts, _by_router(rows, counted.widths), strict=True)
+            for name, num_experts, part in layers:
+                found = torch.zeros(num_experts + 1, dtype=torch.long)
+                found.scatter_add_(0, part.long().reshape(-1), counts.unsqueeze(-1).expand(part.shape).reshape(-1))
+                load.add_counts(LoadKey(key.adapter, name.partition("#")[0], ALL, group), found[:num_experts])
         return load
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for json: every pathway and its count."""
         pathways = []
-        for key, by_group in self.counts.items():
-            for group, counted in by_group.items():
-                rows, counts = counted.merged()
-                pathways.append(
-                    {
-                        "adapter": key.adapter,
-                        "routers": list(key.routers),
-                        "token_group": group,
-                        "num_experts": list(counted.num_experts),
-                        "widths": list(counted.widths),
-                        "experts": rows.tolist(),
-                        "counts": counts.tolist(),
-                    }
-                )
+        for key, group, counted in self._entries():
+            rows, counts = counted.merged()
+            entry: dict[str, Any] = {"adapter": key.adapter, "routers": list(key.routers), "token_group": group}
+            entry |= {"num_experts": list(counted.num_experts), "widths": list(counted.widths)}
+            pathways.append({**entry, "experts": rows.tolist(), "counts": counts.tolist()})
         return {"format": TABLE_FORMAT, "choice": self.choice, "pathways": pathways}
 
     @classmethod
@@ -340,10 +321,10 @@ class ExpertPathways:
         pathways = cls(choice=table["choice"])
         for entry in table["pathways"]:
             key = StackKey(entry["adapter"], tuple(entry["routers"]))
-            counted = pathways._counts_of(
-                key, entry["token_group"], tuple(entry["num_experts"]), tuple(entry["widths"])
+            sizes = (tuple(entry["num_experts"]), tuple(entry["widths"]))
+            pathways._counts_of(key, entry["token_group"], *sizes).add(
+                torch.tensor(entry["experts"]), torch.tensor(entry["counts"])
             )
-            counted.add(torch.tensor(entry["experts"]), torch.tensor(entry["counts"]))
         return pathways
 
     def all_reduce(self) -> ExpertPathways:

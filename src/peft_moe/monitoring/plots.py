@@ -120,11 +120,7 @@ def plot_modality(
 
 
 def plot_pathways(
-    pathways: ExpertPathways,
-    path: str | os.PathLike[str] | None = None,
-    *,
-    n: int = 10,
-    title: str | None = None,
+    pathways: ExpertPathways, path: str | os.PathLike[str] | None = None, *, n: int = 10, title: str | None = None
 ) -> Figure:
     """Draw the `n` most common pathways of each stack of layers and token group (MoE-LLaVA, figure 6).
 
@@ -210,11 +206,8 @@ def _panel_size(num_rows: int, num_experts: int) -> tuple[float, float]:
 
 def _grid(table: dict[str, list[int]], names: list[str], num_experts: int) -> list[list[float]]:
     """Shares, one row per router; `nan` for experts that a router does not have or where it saw no token."""
-    grid = []
-    for name in names:
-        counts = table.get(name, [])
-        grid.append(_padded(load_shares(counts) if any(counts) else [], num_experts))
-    return grid
+    rows = [table.get(name, []) for name in names]
+    return [_padded(load_shares(counts) if any(counts) else [], num_experts) for counts in rows]
 
 
 def _padded(row: list[float], num_experts: int) -> list[float]:
@@ -260,12 +253,11 @@ def _colors_of(choices: set[tuple[int, ...]]) -> dict[tuple[int, ...], tuple[flo
     """A colour for each expert, or each set of experts; neighbours differ clearly where there are not too many."""
     from matplotlib import colormaps
 
-    ordered = sorted(choices)
-    if len(ordered) <= MAX_COLORS // 2:
-        return {choice: colormaps["tab10"](index) for index, choice in enumerate(ordered)}
-    if len(ordered) <= MAX_COLORS:
-        return {choice: colormaps["tab20"](index) for index, choice in enumerate(ordered)}
-    return {choice: colormaps["turbo"](index / (len(ordered) - 1)) for index, choice in enumerate(ordered)}
+    ordered, number = sorted(choices), len(choices)
+    if number <= MAX_COLORS:
+        colors = colormaps["tab10" if number <= MAX_COLORS // 2 else "tab20"]
+        return {choice: colors(index) for index, choice in enumerate(ordered)}
+    return {choice: colormaps["turbo"](index / (number - 1)) for index, choice in enumerate(ordered)}
 
 
 def _draw_pathways(
@@ -299,14 +291,8 @@ def _draw_shares(axis: Any, found: list[Pathway], largest: float) -> None:
     axis.vlines(expected, below, above, color="black", linewidth=1.6, label="if layers were independent")
     for row, entry in enumerate(found):
         end = 100 * max(entry.share, entry.independent_share)
-        axis.annotate(
-            f"{100 * entry.share:.3g} %, {entry.lift_label}×",
-            (end, row),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=7,
-        )
+        label, place = f"{100 * entry.share:.3g} %, {entry.lift_label}×", {"va": "center", "fontsize": 7}
+        axis.annotate(label, (end, row), xytext=(4, 0), textcoords="offset points", **place)
     axis.set_xlim(0, 140 * largest)
     axis.set_ylim(len(found) - 0.5, -0.5)
     axis.set_yticks([])
@@ -332,8 +318,8 @@ def _mark_balanced(colorbar: Any, num_experts: set[int]) -> None:
     """A line on the colour bar at `1 / E`, where all routers have the same E."""
     if len(num_experts) == 1:
         balanced = 1 / num_experts.pop()
-        colorbar.ax.axhline(balanced, color="white", linewidth=2.5)
-        colorbar.ax.axhline(balanced, color="black", linewidth=1)
+        for color, linewidth in (("white", 2.5), ("black", 1)):
+            colorbar.ax.axhline(balanced, color=color, linewidth=linewidth)
         position = colorbar.ax.get_yaxis_transform()
         colorbar.ax.text(
             -0.3, balanced, "balanced", ha="right", va="center", fontsize=8, rotation=90, transform=position

@@ -50,7 +50,14 @@ def expert_load_report(
     panels = {name: table for name, table in load.split(by, adapter=adapter).items() if any(map(any, table.values()))}
     if not panels:
         raise ValueError("There is no expert load to report: no forward pass was counted.")
-    blocks = [_overview(load, panels, by, adapter, dead_threshold)]
+    overview = []
+    for name in panels:
+        summary = load.summary(adapter=adapter, dead_threshold=dead_threshold, **{by: name})
+        assert summary is not None
+        dead = f"{summary.num_dead_experts} of {summary.num_experts}"
+        overview.append([name, f"{summary.entropy:.3f}", f"{summary.max_share:.1%}", dead])
+    header = [by.replace("_", " "), "load entropy (1 = balanced)", "largest share", "dead experts"]
+    blocks = [_markdown(header, overview)]
     for name, table in panels.items():
         shares = {router: load_shares(counts) for router, counts in table.items()}
         blocks.append(
@@ -116,49 +123,19 @@ def pathways_report(pathways: ExpertPathways, *, n: int = 10) -> str:
         for group in pathways.counts[key]:
             summary = pathways.summary(n, token_group=group, stack=stack)
             found = pathways.top(n, token_group=group, stack=stack)
-            overview.append(
-                [
-                    group if len(pathways.stacks) == 1 else f"{stack}, {group}",
-                    str(summary["num_tokens"]),
-                    str(summary["num_pathways"]),
-                    f"{summary['top_share']:.1%}",
-                    f"{summary['independent_top_share']:.1%}",
-                ]
-            )
-            rows = [
-                [
-                    str(rank),
-                    pathway.label,
-                    str(pathway.num_tokens),
-                    f"{pathway.share:.2%}",
-                    f"{pathway.independent_share:.2%}",
-                    pathway.lift_label,
-                ]
-                for rank, pathway in enumerate(found, start=1)
-            ]
+            name = group if len(pathways.stacks) == 1 else f"{stack}, {group}"
+            numbers = [str(summary["num_tokens"]), str(summary["num_pathways"])]
+            shares = [f"{summary[share]:.1%}" for share in ("top_share", "independent_top_share")]
+            overview.append([name, *numbers, *shares])
+            rows = []
+            for rank, pathway in enumerate(found, start=1):
+                shares = [f"{share:.2%}" for share in (pathway.share, pathway.independent_share)]
+                rows.append([str(rank), pathway.label, str(pathway.num_tokens), *shares, pathway.lift_label])
             layers = ", ".join(router_labels(key.routers))
             table = _markdown(["rank", "experts", "tokens", "share", "if layers were independent", "ratio"], rows)
             blocks.append(f"Pathways of **{group}** tokens through {stack} ({layers}):\n\n{table}")
     header = ["token group", "tokens", "distinct pathways", f"share of the top {n}", "if layers were independent"]
     return "\n\n".join([_markdown(header, overview), *blocks]) + "\n"
-
-
-def _overview(
-    load: ExpertLoad, panels: dict[str, dict[str, list[int]]], by: str, adapter: str | None, dead_threshold: float
-) -> str:
-    rows = []
-    for name in panels:
-        summary = load.summary(adapter=adapter, dead_threshold=dead_threshold, **{by: name})
-        assert summary is not None
-        rows.append(
-            [
-                name,
-                f"{summary.entropy:.3f}",
-                f"{summary.max_share:.1%}",
-                f"{summary.num_dead_experts} of {summary.num_experts}",
-            ]
-        )
-    return _markdown([by.replace("_", " "), "load entropy (1 = balanced)", "largest share", "dead experts"], rows)
 
 
 def _expert_table(table: Mapping[str, Sequence[float]], choices: Mapping[str, int] | None = None) -> str:

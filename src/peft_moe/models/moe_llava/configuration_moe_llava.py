@@ -216,12 +216,11 @@ class MoeLlavaConfig(LlavaConfig):
         return problems
 
     def _range_problems(self) -> list[str]:
+        at_least_0 = ("0 or more", lambda value: 0 <= value < math.inf)
+        above_0 = ("more than 0", lambda value: 0 < value < math.inf)
         ranges = {
-            "router_aux_loss_coef": ("0 or more", lambda value: 0 <= value < math.inf),
-            "router_z_loss_coef": ("0 or more", lambda value: 0 <= value < math.inf),
-            "router_capacity_factor": ("more than 0", lambda value: 0 < value < math.inf),
-            "router_eval_capacity_factor": ("more than 0", lambda value: 0 < value < math.inf),
-            "router_min_capacity": ("0 or more", lambda value: value >= 0),
+            **dict.fromkeys(("router_aux_loss_coef", "router_z_loss_coef", "router_min_capacity"), at_least_0),
+            **dict.fromkeys(("router_capacity_factor", "router_eval_capacity_factor"), above_0),
             "router_jitter_noise": ("in [0, 1)", lambda value: 0 <= value < 1),
         }
         return [

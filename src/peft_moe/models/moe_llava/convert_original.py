@@ -39,6 +39,7 @@ LOST = (
 
 
 TEXT = "model.language_model."
+NOT_OF_TEXT = ("mm_projector.", "image_tower.", "video_tower.")
 PROJECTOR = {"0": "linear_1", "2": "linear_2"}
 BUFFERS = re.compile(r"\.(rotary_emb\.(inv_freq|cos_cached|sin_cached)|position_ids|masked_bias|logn_tensor)$")
 EXPERT = re.compile(r"deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\.(\w+)\.(weight|bias)$")
@@ -345,11 +346,9 @@ def _add_vision_tower(tensors: Tensors, wanted: Tensors, vision_tower: Any, *, d
 
 def _add_image_token(tensors: Tensors, config: MoeLlavaConfig) -> list[str]:
     """Rows for the token of images, as the mean of all others, where the vocabulary has none to spare."""
-    names = (EMBEDDINGS, "lm_head.weight", "lm_head.bias")
-    num_rows = config.text_config.vocab_size
     grown = []
-    for name in names:
-        if name in tensors and (missing := num_rows - tensors[name].shape[0]) > 0:
+    for name in (EMBEDDINGS, "lm_head.weight", "lm_head.bias"):
+        if name in tensors and (missing := config.text_config.vocab_size - tensors[name].shape[0]) > 0:
             mean = tensors[name].float().mean(dim=0, keepdim=True).to(tensors[name].dtype)
             tensors[name] = torch.cat([tensors[name], mean.expand(missing, *mean.shape[1:])])
             grown.append(name)
@@ -460,11 +459,8 @@ def _convert_one(key: str, tensor: torch.Tensor, family: Family, vision_prefix: 
         place = _text_name(key[: match.start()], family)
         parts = tensor.chunk(3)
         return {f"{place}.self_attn.{n}_proj.{match[1]}": p for n, p in zip("qkv", parts, strict=True)}
-    if not key.startswith(f"{family.trunk}."):
-        return {}
-    if body.startswith(("mm_projector.", "image_tower.", "video_tower.")):
-        return {}
-    return {_text_name(key, family): tensor}
+    is_of_text = key.startswith(f"{family.trunk}.") and not body.startswith(NOT_OF_TEXT)
+    return {_text_name(key, family): tensor} if is_of_text else {}
 
 
 def _text_name(key: str, family: Family) -> str:

@@ -22,12 +22,7 @@ HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", 
 
 
 def upcycle(
-    model_class: type[PreTrainedModel],
-    dense: Any,
-    *,
-    fields: dict[str, Any],
-    expert_noise: float,
-    **kwargs: Any,
+    model_class: type[PreTrainedModel], dense: Any, *, fields: dict[str, Any], expert_noise: float, **kwargs: Any
 ) -> PreTrainedModel:
     """What [`MoeLlavaForConditionalGeneration.from_dense`] does; see there."""
     fields = {**fields, **{name: kwargs.pop(name) for name in list(kwargs) if name in MOE_FIELDS}}
@@ -96,13 +91,10 @@ def _refuse_adapters(model: nn.Module) -> None:
 
 
 def _sparse_config(dense: LlavaForConditionalGeneration, fields: dict[str, Any]) -> MoeLlavaConfig:
-    own = {
-        name: value for name, value in dense.config.to_dict().items() if name not in ("architectures", "model_type")
-    }
+    not_own = ("architectures", "model_type", "auto_map", "transformers_version")
+    own = {name: value for name, value in dense.config.to_dict().items() if name not in not_own}
     parts = {name: copy.deepcopy(getattr(dense.config, name)) for name in ("text_config", "vision_config")}
     attention = {name: part._attn_implementation for name, part in parts.items()}
-    for name in ("auto_map", "transformers_version"):
-        own.pop(name, None)
     config = MoeLlavaConfig(**{**own, **parts, **fields})
     config._attn_implementation = {"": dense.config._attn_implementation, **attention}
     config.dtype = dense.config.dtype
