@@ -112,10 +112,36 @@ def top_k_weights(log_probabilities: torch.Tensor, *, gate_scale: str, normalize
     return torch.exp(log_probabilities)
 
 
-class TopKRouter(Float32Module):
+class LinearRouter(Float32Module):
+    """Scores by a linear layer in float32, initialised as `nn.Linear` is: uniform in ±1/√D.
+
+    Args:
+        in_features (`int`), num_experts (`int`): shape of `weight`, `(E, D)`.
+        bias (`bool`): whether there is a bias `(E,)`.
+    """
+
+    def __init__(self, in_features: int, num_experts: int, *, bias: bool) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.num_experts = num_experts
+        self.weight = nn.Parameter(torch.empty(num_experts, in_features, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.empty(num_experts, dtype=torch.float32)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw weight and bias anew."""
+        if self.weight.is_meta:
+            return
+        bound = 1 / math.sqrt(self.in_features)
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+
+class TopKRouter(LinearRouter):
     """A linear router with softmax over all experts (LLaVA-MoLE, section 3.2: `p = softmax(R x)`).
 
-    Parameters and arithmetic are float32 whatever the dtype of the model.
+    Parameters, which start as the released code's do, and arithmetic are float32 whatever the dtype of the model.
 
     Args:
         in_features (`int`):
@@ -150,26 +176,12 @@ class TopKRouter(Float32Module):
         normalize_top_k: bool = True,
         jitter_noise: float = 0.0,
     ) -> None:
-        super().__init__()
-        self.in_features = in_features
-        self.num_experts = num_experts
+        super().__init__(in_features, num_experts, bias=bias)
         self.top_k = num_experts if soft else top_k
         self.gate_scale = "prob" if soft else gate_scale
         self.soft = soft
         self.normalize_top_k = normalize_top_k
         self.jitter_noise = jitter_noise
-        self.weight = nn.Parameter(torch.empty(num_experts, in_features, dtype=torch.float32))
-        self.bias = nn.Parameter(torch.empty(num_experts, dtype=torch.float32)) if bias else None
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Initialise as `nn.Linear` does: uniform in ±1/√D (the released code's default)."""
-        if self.weight.is_meta:
-            return
-        bound = 1 / math.sqrt(self.in_features)
-        nn.init.uniform_(self.weight, -bound, bound)
-        if self.bias is not None:
-            nn.init.uniform_(self.bias, -bound, bound)
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Score every expert for every token: `(T, D)` of any float dtype → `(T, E)` float32."""
@@ -244,7 +256,7 @@ class ClusterEmbedding(Float32Module):
         return F.embedding(cluster_ids, self.weight)
 
 
-class ClusterRouter(Float32Module):
+class ClusterRouter(LinearRouter):
     """Turns the embedding of a cluster into the expert of an example and the weights of its experts.
 
     With `G = softmax((W c + ε) / τ)` over the E experts and `G_max` its largest entry (MoCLE, equations of section
@@ -290,26 +302,13 @@ class ClusterRouter(Float32Module):
         squared_gate: bool = False,
         universal_expert: bool = True,
     ) -> None:
-        super().__init__()
+        super().__init__(embedding_dim, num_experts, bias=bias)
         self.embedding_dim = embedding_dim
-        self.num_experts = num_experts
         self.top_k = top_k
         self.temperature = temperature
         self.noise_std = noise_std
         self.squared_gate = squared_gate
         self.universal_expert = universal_expert
-        self.weight = nn.Parameter(torch.empty(num_experts, embedding_dim, dtype=torch.float32))
-        self.bias = nn.Parameter(torch.empty(num_experts, dtype=torch.float32)) if bias else None
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Initialise as `nn.Linear` does: uniform in ±1/√D."""
-        if self.weight.is_meta:
-            return
-        bound = 1 / math.sqrt(self.embedding_dim)
-        nn.init.uniform_(self.weight, -bound, bound)
-        if self.bias is not None:
-            nn.init.uniform_(self.bias, -bound, bound)
 
     @property
     def num_stacked(self) -> int:

@@ -7,7 +7,6 @@ that counts are exact; it only looks up the record that it belongs to.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -191,14 +190,6 @@ class RoutingRecorder:
     def __getstate__(self) -> dict[str, Any]:
         """Listeners belong to a running process: copies and pickles of a model start without any."""
         return {"context": self.context, "listeners": []}
-
-    def find_pass(self) -> ForwardPass | None:
-        """See [`ForwardContext.find_pass`]."""
-        return self.context.find_pass()
-
-    def surround(self, inputs: dict[str, Any]) -> AbstractContextManager[None]:
-        """See [`ForwardContext.surround`]."""
-        return self.context.surround(inputs)
 
     def __call__(self, context: ForwardContext, forward_pass: ForwardPass, output: Any) -> Any:
         """Tell the listeners of a completed pass, and keep none of its choices."""

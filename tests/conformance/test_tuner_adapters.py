@@ -83,7 +83,7 @@ def test_active_adapters_add_up(case):
     changes = []
     for active in ("default", "other", ["default", "other"]):
         model.base_model.set_adapter(active)
-        with get_recorder(model).surround(case.for_routers()):
+        with get_recorder(model).context.surround(case.for_routers()):
             changes.append(layer(x) - base)
     torch.testing.assert_close(changes[0] + changes[1], changes[2], rtol=1e-5, atol=1e-5)
     whole = case.logits(model)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from peft import PeftModel
+from running import run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_moe import attach_encoder
@@ -17,20 +15,15 @@ from pretrained import minilm_path
 
 
 pytestmark = pytest.mark.slow
-MOCLE = Path(__file__).resolve().parents[2] / "examples" / "mocle"
 
 
-def run(script: str, model: Path, output: Path, *extra: str) -> str:
-    command = [sys.executable, str(MOCLE / script), "--model_name_or_path", str(model), "--output_dir", str(output)]
+def run_small(script: str, model: Path, output: Path, *extra: str) -> str:
     size = ["--rows", "8", "--eval_rows", "2", "--num_clusters", "4"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, *size, *extra], check=True, capture_output=True, text=True, timeout=400, env=environment
-    ).stdout
+    return run(f"mocle/{script}", "--model_name_or_path", model, "--output_dir", output, *size, *extra).stdout
 
 
 def test_training_leaves_an_adapter_that_routes_by_itself(tiny_model, tmp_path):
-    text = run("train.py", tiny_model, tmp_path, "--max_steps", "4")
+    text = run_small("train.py", tiny_model, tmp_path, "--max_steps", "4")
     assert "adjusted Rand index" in text
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), tmp_path).eval()
     attach_encoder(model, str(minilm_path()))
@@ -41,9 +34,9 @@ def test_training_leaves_an_adapter_that_routes_by_itself(tiny_model, tmp_path):
 
 def test_the_comparison_reports_every_arm_and_goes_on_where_it_stopped(tiny_model, tmp_path):
     settings = ["--steps", "2", "--batch_size", "2", "--arms", "mocle"]
-    run("compare.py", tiny_model, tmp_path, *settings)
+    run_small("compare.py", tiny_model, tmp_path, *settings)
     first = json.loads((tmp_path / "report.json").read_text())["runs"]["mocle/0"]
-    text = run("compare.py", tiny_model, tmp_path, *settings, "lora_equal_parameters", "mocle_without_universal")
+    text = run_small("compare.py", tiny_model, tmp_path, *settings, "lora_equal_parameters", "mocle_without_universal")
     runs = json.loads((tmp_path / "report.json").read_text())["runs"]
     assert runs["mocle/0"] == first and len(runs) == 3
     assert 0 <= first["information_about_the_domain"] <= 2

@@ -3,37 +3,28 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
 import pytest
 import torch
 from datasets import Dataset, Features, Image, List, Value
+from running import run
 from transformers import AutoModelForImageTextToText
 
 import peft_moe  # noqa: F401
 
 
 pytestmark = pytest.mark.slow
-FOLDER = Path(__file__).resolve().parents[2] / "examples" / "moe_llava"
+train, evaluate = (partial(run, f"moe_llava/{name}.py") for name in ("train", "evaluate_vqa"))
 SIZE = ["--small", "--share_of_steps", "0.15", "--eval_questions", "32", "--batch_size", "16", "--dense_control"]
-
-
-def run(script: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(FOLDER / script), *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
-    assert not check or result.returncode == 0, result.stderr[-3000:]
-    return result
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("moe_llava") / "run"
-    run("train.py", *SIZE, "--output_dir", output)
+    train(*SIZE, "--output_dir", output)
     return output
 
 
@@ -65,7 +56,7 @@ def test_an_interrupted_run_goes_on_after_its_last_finished_stage(finished):
     report_file = finished / "report.json"
     report = json.loads(report_file.read_text())
     report_file.write_text(json.dumps({name: value for name, value in report.items() if name != "III"}))
-    printed = run("train.py", *SIZE, "--output_dir", finished).stdout
+    printed = train(*SIZE, "--output_dir", finished).stdout
     assert "Stage I is finished" in printed
     assert "Stage II is finished" in printed
     assert json.loads(report_file.read_text())["III"]["losses"] == pytest.approx(report["III"]["losses"], rel=0.5)
@@ -73,13 +64,13 @@ def test_an_interrupted_run_goes_on_after_its_last_finished_stage(finished):
 
 @pytest.mark.exhaustive
 def test_other_settings_do_not_mix_with_an_earlier_run(finished):
-    result = run("train.py", *SIZE, "--num_experts", "2", "--output_dir", finished, check=False)
+    result = train(*SIZE, "--num_experts", "2", "--output_dir", finished, check=False)
     assert result.returncode != 0
     assert "use --restart" in result.stderr
 
 
 def test_evaluation_scores_easy_vqa(finished, tmp_path):
-    run("evaluate_vqa.py", "--model", finished / "stage_III", "--limit", "8", "--output_dir", tmp_path)
+    evaluate("--model", finished / "stage_III", "--limit", "8", "--output_dir", tmp_path)
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["num_questions"] == 8
     assert 0 <= scores["vqa_accuracy"] <= 1
@@ -97,14 +88,14 @@ def test_evaluation_takes_another_data_set_with_several_answers(finished, tmp_pa
     Dataset.from_dict(rows, features=Features(columns)).to_parquet(tmp_path / "rows.parquet")
     names = ["--image_column", "picture", "--question_column", "asked", "--answer_column", "answers"]
     files = ["--dataset", tmp_path / "rows.parquet", "--output_dir", tmp_path]
-    run("evaluate_vqa.py", "--model", finished / "stage_III", *files, *names)
+    evaluate("--model", finished / "stage_III", *files, *names)
     assert json.loads((tmp_path / "scores.json").read_text())["num_questions"] == 3
 
 
 @pytest.mark.exhaustive
 def test_a_missing_column_is_named(finished, tmp_path):
     arguments = ["--model", finished / "stage_III", "--answer_column", "answers", "--output_dir", tmp_path]
-    result = run("evaluate_vqa.py", *arguments, check=False)
+    result = evaluate(*arguments, check=False)
     assert "no columns ['answers'], but ['image', 'question', 'answer', 'image_id']" in result.stderr
 
 

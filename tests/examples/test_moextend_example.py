@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+from running import EXAMPLES, run
 from transformers import AutoModelForCausalLM
 
 from peft_moe import ExtenderReport
 
 
 pytestmark = pytest.mark.slow
-FOLDER = Path(__file__).resolve().parents[2] / "examples" / "moextend"
+train, extend_images = (partial(run, f"moextend/{name}.py") for name in ("train", "image"))
 SIZE = ["--small", "--base_steps", "3", "--extender_steps", "2", "--steps", "2", "--rows", "16", "--eval_rows", "2"]
 IMAGE_SIZE = ["--small", "--share_of_steps", "0.05", "--align_steps", "2", "--extender_steps", "2", "--steps", "2"]
 IMAGE_SIZE += ["--probe", "16", "--eval_questions", "16", "--batch_size", "8"]
-
-
-def run(*command: object, check: bool = True) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
-    result = subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=500, env=environment
-    )
-    assert not check or result.returncode == 0, result.stderr[-3000:]
-    return result
 
 
 def read(folder: Path) -> dict:
@@ -37,7 +27,7 @@ def read(folder: Path) -> dict:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("moextend") / "run"
-    run(FOLDER / "train.py", *SIZE, "--output_dir", output, "--arms", "moextend_extender", "full")
+    train(*SIZE, "--output_dir", output, "--arms", "moextend_extender", "full")
     return output
 
 
@@ -61,14 +51,14 @@ def test_the_base_model_is_left_alone(finished):
 def test_an_interrupted_comparison_goes_on(finished):
     before = read(finished)
     arms = ["moextend_extender", "moextend_first_half", "moextend_interval", "lora_experts"]
-    printed = run(FOLDER / "train.py", *SIZE, "--output_dir", finished, "--arms", *arms).stdout
+    printed = train(*SIZE, "--output_dir", finished, "--arms", *arms).stdout
     assert "base is finished" in printed and "moextend_extender/0 is finished" in printed
     after = read(finished)
     assert {name: after[name] for name in before} == before
     assert after["moextend_first_half/0"]["layers"] == [0, 1]
     assert after["moextend_interval/0"]["layers"] == [0, 2]
     assert all(f"| {arm}/0 |" in printed for arm in [*arms, "full"])
-    refused = run(FOLDER / "train.py", *SIZE, "--num_experts", 3, "--output_dir", finished, check=False)
+    refused = train(*SIZE, "--num_experts", 3, "--output_dir", finished, check=False)
     assert refused.returncode != 0 and "use --restart" in refused.stderr
 
 
@@ -76,7 +66,7 @@ def test_upcycling_without_noise_computes_what_the_dense_model_does():
     script = f"""
 import sys
 sys.argv = ["train"]
-sys.path.insert(0, {str(FOLDER)!r})
+sys.path.insert(0, {str(EXAMPLES / "moextend")!r})
 import torch
 from train import upcycle
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -97,7 +87,7 @@ assert not torch.allclose(noisy(ids).logits, dense(ids).logits, atol=1e-2)
 def test_pictures_are_extended_too(tmp_path):
     output = tmp_path / "run"
     arms = ["--arms", "moextend_extender", "lora_experts", "full"]
-    printed = run(FOLDER / "image.py", *IMAGE_SIZE, "--output_dir", output, *arms).stdout
+    printed = extend_images(*IMAGE_SIZE, "--output_dir", output, *arms).stdout
     report = read(output)
     found = ExtenderReport.from_dict(report["extender"])
     assert list(found.before) == [0, 1, 2, 3]
@@ -107,5 +97,5 @@ def test_pictures_are_extended_too(tmp_path):
     # the projector trains in every arm
     assert report["lora_experts/0"]["trained_parameters"] > 33_024
     assert "moextend_extender/0 |" in printed
-    again = run(FOLDER / "image.py", *IMAGE_SIZE, "--output_dir", output, *arms).stdout
+    again = extend_images(*IMAGE_SIZE, "--output_dir", output, *arms).stdout
     assert "full/0 is finished" in again and "Training the vision tower" not in again

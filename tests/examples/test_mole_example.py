@@ -3,47 +3,29 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from running import ENVIRONMENT, EXAMPLES, run
 
 
 pytestmark = pytest.mark.slow
-MOLE = Path(__file__).resolve().parents[2] / "examples" / "mole"
+SIZE = ["--steps", "12", "--batch_size", "2", "--rows", "8", "--eval_rows", "2"]
 
 
-def demo_command(model: Path, output: Path, *extra: str) -> list[str]:
-    size = ["--steps", "12", "--batch_size", "2", "--rows", "8", "--eval_rows", "2"]
-    return [
-        sys.executable,
-        str(MOLE / "demo.py"),
-        "--model_name_or_path",
-        str(model),
-        "--output_dir",
-        str(output),
-        *size,
-        *extra,
-    ]
-
-
-def run(command: list[str]) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=400, env=environment()).stdout
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+def demo_command(model: Path, output: Path) -> list[str]:
+    return ["mole/demo.py", "--model_name_or_path", str(model), "--output_dir", str(output), *SIZE]
 
 
 def test_demo_goes_on_where_it_was_killed(tiny_model, tmp_path):
     output = tmp_path / "demo"
     checkpoint = output / "checkpoints" / "checkpoint-8" / "trainer_state.json"
-    process = subprocess.Popen(
-        demo_command(tiny_model, output), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment()
-    )
+    script, *arguments = demo_command(tiny_model, output)
+    command = [sys.executable, str(EXAMPLES / script), *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
     deadline = time.monotonic() + 300
     while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -51,7 +33,7 @@ def test_demo_goes_on_where_it_was_killed(tiny_model, tmp_path):
     process.wait()
     assert checkpoint.exists()
     before = json.loads((output / "report.json").read_text())["before"]
-    printed = run(demo_command(tiny_model, output))
+    printed = run(*demo_command(tiny_model, output)).stdout
     report = json.loads((output / "report.json").read_text())
     assert report["before"] == before
     assert report["reload_is_bit_equal"] is True
@@ -63,16 +45,13 @@ def test_demo_goes_on_where_it_was_killed(tiny_model, tmp_path):
 
 def test_other_settings_do_not_mix_with_an_earlier_run(tiny_model, tmp_path):
     (tmp_path / "report.json").write_text(json.dumps({"settings": {"steps": 1}}))
-    result = subprocess.run(
-        demo_command(tiny_model, tmp_path), capture_output=True, text=True, timeout=200, env=environment()
-    )
+    result = run(*demo_command(tiny_model, tmp_path), check=False)
     assert result.returncode != 0
     assert "use --restart" in result.stderr
 
 
 def test_training_script_writes_an_adapter(tiny_model, tmp_path):
-    arguments = ["--model_name_or_path", str(tiny_model), "--output_dir", str(tmp_path), "--max_steps", "2"]
-    run([sys.executable, str(MOLE / "train.py"), *arguments])
+    run("mole/train.py", "--model_name_or_path", tiny_model, "--output_dir", tmp_path, "--max_steps", 2)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["peft_type"] == "MOLE"
     assert config["base_model_name_or_path"] == str(tiny_model)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset, Features, Image, List, Value
+from running import run
 
 from models.tiny_llava import tiny_llava, tiny_processor
 from peft_moe.models import MoeLlavaForConditionalGeneration
@@ -19,21 +18,13 @@ from peft_moe.monitoring import ExpertLoad, ExpertPathways
 
 
 pytestmark = pytest.mark.slow
-SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "moe_llava" / "see_experts.py"
+see_experts = partial(run, "moe_llava/see_experts.py")
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }}{% endif %}"
     "{% endfor %}{% endfor %}{% if add_generation_prompt %} w0 {% endif %}"
 )
 NUM_ROWS = 5
-
-
-def run(*arguments: object, check: bool = True) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert not check or result.returncode == 0, result.stderr[-3000:]
-    return result
 
 
 def save(model, folder: Path) -> Path:
@@ -77,7 +68,7 @@ def columns(data_file) -> list[object]:
 
 def test_every_picture_table_and_count_is_written(model_folder, columns, tmp_path):
     image = pytest.importorskip("matplotlib.image")
-    printed = run(model_folder, *columns, "--output_dir", tmp_path, "--num_pathways", 3)
+    printed = see_experts(model_folder, *columns, "--output_dir", tmp_path, "--num_pathways", 3)
     for name in ("expert_load.png", "modality.png", "pathways.png"):
         pixels = image.imread(tmp_path / name)
         assert min(pixels.shape[:2]) > 200
@@ -99,20 +90,20 @@ def test_every_picture_table_and_count_is_written(model_folder, columns, tmp_pat
 
 @pytest.mark.exhaustive
 def test_sets_of_experts_can_be_followed(model_folder, columns, tmp_path):
-    run(model_folder, *columns, "--output_dir", tmp_path, "--choice", "top_k", "--limit", 2)
+    see_experts(model_folder, *columns, "--output_dir", tmp_path, "--choice", "top_k", "--limit", 2)
     pathways = ExpertPathways.from_dict(json.loads((tmp_path / "experts.json").read_text())["pathways"])
     assert {len(chosen) for entry in pathways.top() for chosen in entry.experts} == {2}
     assert pathways.summary(token_group="image")["num_tokens"] == 2 * 4
 
 
 def test_a_missing_column_is_named(model_folder, data_file, tmp_path):
-    result = run(model_folder, "--dataset", data_file, "--output_dir", tmp_path, check=False)
+    result = see_experts(model_folder, "--dataset", data_file, "--output_dir", tmp_path, check=False)
     assert "no columns ['answer', 'image', 'question'], but ['picture', 'asked', 'answers']" in result.stderr
 
 
 def test_a_dense_model_is_told_that_it_has_no_experts(columns, tmp_path):
     folder = save(tiny_llava(), tmp_path / "dense")
-    result = run(folder, *columns, "--output_dir", tmp_path / "out", check=False)
+    result = see_experts(folder, *columns, "--output_dir", tmp_path / "out", check=False)
     assert result.returncode != 0
     assert "LlavaForConditionalGeneration has no router that peft_moe knows" in result.stderr
     assert not (tmp_path / "out").exists()

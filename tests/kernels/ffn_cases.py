@@ -1,11 +1,10 @@
-"""Experts and what they are given, for tests of the Triton programs for FFN experts, on a GPU and interpreted."""
+"""FFN experts, what they are given, and what they have to compute."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-from test_ffn_experts import Settings, oracle
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
@@ -49,6 +48,32 @@ CASES = {
         "as above", has_bias=True, has_own_gate=True, forced=((4, 1), (4, 4), (3, 0)) * 8
     ),
 }
+
+
+class Settings:
+    """What transformers reads of a configuration."""
+
+    _experts_implementation = "peft_moe"
+
+
+def oracle(experts: nn.Module, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Token by token, slot by slot; an index of E contributes nothing."""
+    up_name = "gate_up_proj" if experts.has_gate else "up_proj"
+    out = []
+    for token in range(x.shape[0]):
+        total = torch.zeros_like(x[token])
+        for slot in range(index.shape[1]):
+            e = int(index[token, slot])
+            if e == experts.num_experts:
+                continue
+            up, down = getattr(experts, up_name)[e], experts.down_proj[e]
+            up, down = (up.T, down.T) if experts.is_transposed else (up, down)
+            inner = up @ x[token] + (getattr(experts, f"{up_name}_bias")[e] if experts.has_bias else 0)
+            hidden = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
+            values = down @ hidden + (experts.down_proj_bias[e] if experts.has_bias else 0)
+            total = total + weights[token, slot] * values
+        out.append(total)
+    return torch.stack(out)
 
 
 class Stacks(nn.Module):

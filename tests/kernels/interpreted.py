@@ -11,7 +11,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from kernel_cases import CASES, KernelCase, make_grad_out, make_index, make_inputs
+from kernel_cases import CASES, KernelCase, make_grad_out, make_index, make_inputs, plan_of
 from kernel_oracle import outputs_and_gradients
 
 from peft_moe.kernels import DispatchPlan, lora_experts
@@ -24,41 +24,39 @@ from peft_moe.kernels.triton.programs import dense, examples, pairs, shared, sor
 
 assert is_interpreted(), "TRITON_INTERPRET=1 has to be set before triton is imported"
 
-LARGE = {
-    "several_tiles": KernelCase("segments longer than a tile", 300, 40, 56, num_experts=3, rank=16, top_k=2),
-    "several_rank_blocks": KernelCase("a rank above the widest tile", 70, 72, 136, num_experts=3, rank=130, top_k=3),
-    "several_column_blocks": KernelCase("experts cut by the edge of a tile", 70, 72, 136, num_experts=4, rank=50),
-    "many_wide_experts": KernelCase("more experts than a dense product pays for", 40, 24, 24, num_experts=9, rank=33),
-    "many_experts": KernelCase("more segments than rows of one slot", 24, 24, 24, num_experts=17, rank=4, top_k=3),
-    "skewed": KernelCase("one expert has nearly all", 130, 40, 40, top_k=1, forced=[[2]] * 129 + [[0]]),
-    "universal": KernelCase(
-        "tiles end where examples do", 210, 40, 56, 4, 6, tokens_per_example=70, forced=[[1, 3]] * 3
-    ),
-    "examples_of_wide_rank": KernelCase("columns of a slot in two tiles", 48, 40, 136, rank=65, tokens_per_example=24),
-    "short_examples": KernelCase("examples shorter than a tile", 45, 24, 24, tokens_per_example=3),
-    "decode_of_wide_rank": KernelCase("several rank tiles of one pair", 1, 520, 136, num_experts=3, rank=37, top_k=3),
+BY_PATH = {
+    "dense": {
+        "several_tiles": KernelCase("segments longer than a tile", 300, 40, 56, num_experts=3, rank=16, top_k=2),
+        "several_column_blocks": KernelCase("experts cut by the edge of a tile", 70, 72, 136, num_experts=4, rank=50),
+        "many_experts": KernelCase("more segments than rows of one slot", 24, 24, 24, num_experts=17, rank=4, top_k=3),
+        "skewed": KernelCase("one expert has nearly all", 130, 40, 40, top_k=1, forced=[[2]] * 129 + [[0]]),
+        "short_examples": KernelCase("examples shorter than a tile", 45, 24, 24, tokens_per_example=3),
+    },
+    "sorted": {
+        "several_rank_blocks": KernelCase(
+            "a rank above the widest tile", 70, 72, 136, num_experts=3, rank=130, top_k=3
+        ),
+        "many_wide_experts": KernelCase(
+            "more experts than a dense product pays for", 40, 24, 24, num_experts=9, rank=33
+        ),
+    },
+    "examples": {
+        "universal": KernelCase(
+            "tiles end where examples do", 210, 40, 56, 4, 6, tokens_per_example=70, forced=[[1, 3]] * 3
+        ),
+        "examples_of_wide_rank": KernelCase(
+            "columns of a slot in two tiles", 48, 40, 136, rank=65, tokens_per_example=24
+        ),
+    },
+    "decode": {
+        "decode_of_wide_rank": KernelCase(
+            "several rank tiles of one pair", 1, 520, 136, num_experts=3, rank=37, top_k=3
+        ),
+    },
 }
-PATHS = {
-    "several_tiles": "dense",
-    "several_rank_blocks": "sorted",
-    "several_column_blocks": "dense",
-    "many_wide_experts": "sorted",
-    "many_experts": "dense",
-    "skewed": "dense",
-    "universal": "examples",
-    "examples_of_wide_rank": "examples",
-    "short_examples": "dense",
-    "decode_of_wide_rank": "decode",
-}
+LARGE = {name: case for cases in BY_PATH.values() for name, case in cases.items()}
+PATHS = {name: path for path, cases in BY_PATH.items() for name in cases}
 LIMITS = [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)]
-
-
-@pytest.fixture
-def poison():
-    """Fresh memory is full of NaN, so that what a program leaves unwritten shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def path_taken(case: KernelCase) -> str:
@@ -67,7 +65,7 @@ def path_taken(case: KernelCase) -> str:
 
 def results(case: KernelCase, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     inputs = make_inputs(case, dtype)
-    plan = DispatchPlan.from_index(make_index(case), case.num_experts, tokens_per_example=case.tokens_per_example)
+    plan = plan_of(case)
     out = lora_experts(**inputs, plan=plan, scaling=case.scaling, backend="triton")
     grads = torch.autograd.grad(out, list(inputs.values()), make_grad_out(case, dtype))
     return {"out": out.detach(), **dict(zip(inputs, grads))}
@@ -75,7 +73,7 @@ def results(case: KernelCase, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 def worst_error(case: KernelCase, dtype: torch.dtype = torch.float32) -> float:
     inputs, grad_out = make_inputs(case, dtype), make_grad_out(case, dtype)
-    expected = outputs_and_gradients(inputs, make_index(case), case.scaling, grad_out, case.tokens_per_example)
+    expected = outputs_and_gradients(case, inputs, grad_out)
     found = results(case, dtype)
     errors = [
         (found[name].double() - exact).norm() / exact.norm().clamp_min(1e-30) for name, exact in expected.items()
@@ -100,7 +98,7 @@ def test_the_values_of_experts_that_were_not_chosen_may_overflow(poison):
     """A dense product computes them, and infinity times 0 is not a number."""
     case = dataclasses.replace(LARGE["several_tiles"], forced=[[0, 1]] * 300)
     inputs = make_inputs(case, torch.float16)
-    plan = DispatchPlan.from_index(make_index(case), case.num_experts)
+    plan = plan_of(case)
     with torch.no_grad():
         inputs["A"][2] = 6e4
     out = lora_experts(**inputs, plan=plan, backend="triton")
@@ -159,7 +157,7 @@ def test_a_sort_serves_all_linears_and_backward(monkeypatch):
     right = rows.run_sort
     monkeypatch.setattr(rows, "run_sort", lambda *arguments: calls.append(1) or right(*arguments))
     case = LARGE["many_wide_experts"]
-    inputs, plan = make_inputs(case, torch.float32), DispatchPlan.from_index(make_index(case), case.num_experts)
+    inputs, plan = make_inputs(case, torch.float32), plan_of(case)
     for _ in range(2):
         lora_experts(**inputs, plan=plan, backend="triton").sum().backward()
     assert len(calls) == 1
@@ -228,7 +226,7 @@ def test_a_compiled_decode_step_needs_no_gradient():
 def test_ops_obey_the_rules_of_torch_library(path):
     case = CASES["top_2"]
     inputs = make_inputs(case, torch.float32)
-    plan = DispatchPlan.from_index(make_index(case), case.num_experts)
+    plan = plan_of(case)
     given = Call(*inputs.values(), plan, case.scaling, inplace=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "path_of", lambda *shape: path)

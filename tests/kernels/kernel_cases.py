@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from peft_moe.kernels import DispatchPlan
+
 
 @dataclass(frozen=True)
 class KernelCase:
@@ -89,6 +91,12 @@ def make_index(case: KernelCase) -> torch.Tensor:
     if case.num_tokens == 0:
         return torch.empty(0, case.top_k, dtype=torch.int64)
     return torch.stack([torch.randperm(case.num_experts)[: case.top_k] for _ in range(num_examples(case))])
+
+
+def plan_of(case: KernelCase, device: str | torch.device = "cpu") -> DispatchPlan:
+    """The plan of `make_index`."""
+    index = make_index(case).to(device)
+    return DispatchPlan.from_index(index, case.num_experts, tokens_per_example=case.tokens_per_example)
 
 
 def make_grad_out(case: KernelCase, dtype: torch.dtype) -> torch.Tensor:

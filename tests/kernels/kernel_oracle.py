@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from kernel_cases import KernelCase, make_index
 
 
 def lora_experts_oracle(
@@ -27,28 +28,17 @@ def lora_experts_oracle(
 
 
 def outputs_and_gradients(
-    inputs: dict[str, torch.Tensor],
-    top_k_index: torch.Tensor,
-    scaling: float,
-    grad_out: torch.Tensor,
-    tokens_per_example: int = 1,
+    case: KernelCase, inputs: dict[str, torch.Tensor], grad_out: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """`out` and the gradient of each input, in float64, from inputs of any dtype."""
     leaves = {name: tensor.detach().double().requires_grad_() for name, tensor in inputs.items()}
-    flat = {name: tensor.reshape(-1, tensor.shape[-1]) for name, tensor in leaves.items() if tensor.dim() < 3}
-    out = lora_experts_oracle(
-        flat["hidden_states"],
-        flat["base_out"],
-        leaves["A"],
-        leaves["B"],
-        [row for row in top_k_index.tolist() for _ in range(tokens_per_example)],
-        torch.stack([row for row in flat["top_k_weights"] for _ in range(tokens_per_example)])
-        if top_k_index.shape[0]
-        else flat["top_k_weights"],
-        scaling,
+    x, base_out, weights = (
+        leaves[name].reshape(-1, leaves[name].shape[-1]) for name in ("hidden_states", "base_out", "top_k_weights")
     )
-    gradients = torch.autograd.grad(out, list(leaves.values()), grad_out.double(), allow_unused=True)
-    named = zip(leaves, gradients)
-    return {"out": out.detach()} | {
-        name: torch.zeros_like(leaves[name]) if gradient is None else gradient for name, gradient in named
-    }
+    index = [row for row in make_index(case).tolist() for _ in range(case.tokens_per_example)]
+    weights = weights.repeat_interleave(case.tokens_per_example, dim=0)
+    out = lora_experts_oracle(x, base_out, leaves["A"], leaves["B"], index, weights, case.scaling)
+    gradients = torch.autograd.grad(
+        out, list(leaves.values()), grad_out.double(), allow_unused=True, materialize_grads=True
+    )
+    return {"out": out.detach(), **dict(zip(leaves, gradients))}

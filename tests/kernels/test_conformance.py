@@ -1,4 +1,4 @@
-"""Every backend, found and not listed, computes the op and its gradients like the oracle."""
+"""Every backend, found and not listed, computes the op and its gradients like the oracle, which notices mistakes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import cache
 
 import pytest
 import torch
-from kernel_cases import CASES, KernelCase, make_grad_out, make_index, make_inputs
+from kernel_cases import CASES, KernelCase, make_grad_out, make_index, make_inputs, plan_of
 from kernel_oracle import outputs_and_gradients
 
 from peft_moe.kernels import BACKENDS, Case, DispatchPlan, lora_experts
@@ -29,7 +29,7 @@ def skip_unless_supported(backend: str, case: KernelCase, dtype: torch.dtype, de
 def call(backend: str, case: KernelCase, inputs: dict[str, torch.Tensor], **changes: object) -> torch.Tensor:
     plan = None
     if case.is_dispatched:
-        plan = DispatchPlan.from_index(make_index(case), case.num_experts, tokens_per_example=case.tokens_per_example)
+        plan = plan_of(case)
     return lora_experts(**{**inputs, "plan": plan, "scaling": case.scaling, "backend": backend, **changes})
 
 
@@ -37,7 +37,7 @@ def call(backend: str, case: KernelCase, inputs: dict[str, torch.Tensor], **chan
 def oracle_says(name: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     case = CASES[name]
     inputs, grad_out = make_inputs(case, dtype), make_grad_out(case, dtype)
-    return outputs_and_gradients(inputs, make_index(case), case.scaling, grad_out, case.tokens_per_example)
+    return outputs_and_gradients(case, inputs, grad_out)
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -71,7 +71,7 @@ def test_no_weights_mean_that_every_weight_is_one(backend: str, name: str) -> No
     skip_unless_supported(backend, case, torch.float32)
     inputs, grad_out = make_inputs(case, torch.float32), make_grad_out(case, torch.float32)
     inputs["top_k_weights"] = torch.ones_like(inputs["top_k_weights"]).requires_grad_()
-    expected = outputs_and_gradients(inputs, make_index(case), case.scaling, grad_out, case.tokens_per_example)
+    expected = outputs_and_gradients(case, inputs, grad_out)
     out = call(backend, case, inputs, top_k_weights=None)
     without_weights = {key: value for key, value in inputs.items() if key != "top_k_weights"}
     found = {"out": out, **gradients(out, without_weights, grad_out)}
@@ -152,16 +152,11 @@ def test_double_backward_raises(backend: str) -> None:
 @pytest.mark.parametrize(
     "name", ["empty_experts", "odd_sizes", "hundred_tokens", "by_example_forced", "plain_lora", "no_tokens"]
 )
-def test_no_element_is_left_unwritten(backend: str, name: str) -> None:
+def test_no_element_is_left_unwritten(backend: str, name: str, poison: None) -> None:
     skip_unless_supported(backend, CASES[name], torch.float32)
     inputs = make_inputs(CASES[name], torch.float32)
-    torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN
-    try:
-        assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
-        out = call(backend, CASES[name], inputs)
-        found = [out, *gradients(out, inputs, make_grad_out(CASES[name], torch.float32)).values()]
-    finally:
-        torch.use_deterministic_algorithms(False)
+    out = call(backend, CASES[name], inputs)
+    found = [out, *gradients(out, inputs, make_grad_out(CASES[name], torch.float32)).values()]
     assert all(tensor.isfinite().all() for tensor in found)
 
 
@@ -170,11 +165,7 @@ def test_leading_dimensions_are_kept(backend: str) -> None:
     case = dataclasses.replace(CASES["top_2"], num_tokens=6)
     skip_unless_supported(backend, case, torch.float32)
     inputs = make_inputs(case, torch.float32)
-    deep = {
-        **inputs,
-        "hidden_states": inputs["hidden_states"].view(2, 3, -1),
-        "base_out": inputs["base_out"].view(2, 3, -1),
-    }
+    deep = inputs | {name: inputs[name].view(2, 3, -1) for name in ("hidden_states", "base_out")}
     out = call(backend, case, deep)
     assert out.shape == (2, 3, case.out_features)
     torch.testing.assert_close(out.flatten(0, 1), call(backend, case, inputs))
@@ -209,3 +200,44 @@ def test_autocast_changes_nothing(backend: str) -> None:
     torch.testing.assert_close(inside, out, rtol=0, atol=0)
     if backend != "eager":  # the backward of eager is torch's own, which follows autocast where backward is called
         torch.testing.assert_close(inside_gradients, gradients(out, inputs, grad_out), rtol=0, atol=0)
+
+
+CASE = CASES["top_2"]
+
+
+def distance(**mistake: object) -> float:
+    """How far the op with a mistake is from the oracle without it."""
+    inputs = make_inputs(CASE, torch.float64)
+    expected = outputs_and_gradients(CASE, inputs, make_grad_out(CASE, torch.float64))["out"]
+    index = mistake.pop("index", make_index(CASE))
+    plan = DispatchPlan.from_index(index, CASE.num_experts)
+    found = lora_experts(**{**inputs, "plan": plan, "scaling": CASE.scaling, "backend": "eager", **mistake})
+    return float((found - expected).norm() / expected.norm())
+
+
+def test_no_mistake_is_no_distance() -> None:
+    assert distance() < 1e-14
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        pytest.param({"scaling": 1.0}, id="missing_scale"),
+        pytest.param({"top_k_weights": None}, id="missing_weights"),
+        pytest.param(
+            {"top_k_weights": make_inputs(CASE, torch.float64)["top_k_weights"].flip(1)}, id="swapped_weights"
+        ),
+        pytest.param({"index": (make_index(CASE) + 1) % CASE.num_experts}, id="shifted_experts"),
+        pytest.param({"index": make_index(CASE)[:, :1].expand(-1, 2)}, id="first_expert_twice"),
+        pytest.param({"index": torch.cat([make_index(CASE)[1:], make_index(CASE)[:1]])}, id="off_by_one_token"),
+    ],
+)
+def test_oracle_notices(mistake: dict[str, object]) -> None:
+    assert distance(**mistake) > 1e-2
+
+
+def test_gradients_of_the_oracle_are_not_all_alike() -> None:
+    case = dataclasses.replace(CASE, num_tokens=4)
+    inputs = make_inputs(case, torch.float64)
+    found = outputs_and_gradients(case, inputs, make_grad_out(case, torch.float64))
+    assert all(float(found[name].norm()) > 0.1 for name in inputs)

@@ -4,131 +4,50 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ffn_cases import CASES, expected, inputs, make, oracle, relative, with_gradients
 from packaging.version import Version
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
-from transformers import MixtralConfig, MixtralForCausalLM
-from transformers.activations import ACT2FN
-from transformers.integrations import use_experts_implementation
+from transformers import MixtralForCausalLM
 
 from peft_moe.kernels import explain_ffn_experts, ffn
 from peft_moe.kernels.ffn import ffn_experts_forward, ffn_triton_forward
-from peft_moe.models.moe_llava.experts import EXPERTS_CLASSES
-from tiny_moe import FAMILIES
+from tiny_moe import BY_NAME, FAMILIES
 
 
-NUM_EXPERTS, WIDTH, INNER = 5, 8, 16
+MIXTRAL = BY_NAME["mixtral"].build
 
 
-class Settings:
-    _experts_implementation = "peft_moe"
+@pytest.mark.parametrize("name", CASES)
+def test_outputs_and_gradients_are_those_of_the_loop_over_tokens(name):
+    found = with_gradients(ffn_experts_forward, make(CASES[name]), *inputs(CASES[name]))
+    assert relative(found, expected(CASES[name], torch.float32)) <= 1e-5
 
 
-@use_experts_implementation(is_transposed=True, has_bias=True)
-class TransposedExperts(nn.Module):
-    """Laid out and gated as those of gpt-oss: transposed, with biases, gate and up interleaved."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.num_experts = NUM_EXPERTS
-        self.gate_up_proj = nn.Parameter(torch.randn(NUM_EXPERTS, WIDTH, 2 * INNER) * 0.3)
-        self.gate_up_proj_bias = nn.Parameter(torch.randn(NUM_EXPERTS, 2 * INNER))
-        self.down_proj = nn.Parameter(torch.randn(NUM_EXPERTS, INNER, WIDTH) * 0.3)
-        self.down_proj_bias = nn.Parameter(torch.randn(NUM_EXPERTS, WIDTH))
-
-    def _apply_gate(self, gate_up):
-        gate, up = gate_up[..., ::2], gate_up[..., 1::2]
-        return (up.clamp(-1, 1) + 1) * gate * torch.sigmoid(1.7 * gate)
-
-    def forward(self, hidden_states, top_k_index, top_k_weights):
-        raise NotImplementedError
-
-
-def stacked(has_gate: bool, has_bias: bool) -> nn.Module:
-    torch.manual_seed(0)
-    experts = EXPERTS_CLASSES[has_gate, has_bias](Settings(), NUM_EXPERTS, WIDTH, INNER, ACT2FN["gelu"])
-    for parameter in experts.parameters():
-        nn.init.normal_(parameter, std=0.5)
-    return experts
-
-
-def make(kind: str) -> nn.Module:
-    if kind == "transposed":
-        torch.manual_seed(0)
-        return TransposedExperts(Settings())
-    return stacked("gated" in kind, "bias" in kind)
-
-
-KINDS = ["gated", "gated-bias", "plain", "plain-bias", "transposed"]
-
-
-def inputs(num_tokens: int = 24, top_k: int = 2, *, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
-    """Expert 3 gets nothing."""
-    generator = torch.Generator().manual_seed(1)
-    allowed = torch.tensor([0, 1, 2, 4])
-    index = torch.stack([allowed[torch.randperm(4, generator=generator)[:top_k]] for _ in range(num_tokens)])
-    x = torch.randn(num_tokens, WIDTH, generator=generator).to(dtype)
-    return x, index, torch.rand(num_tokens, top_k, generator=generator)
-
-
-def oracle(experts: nn.Module, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Token by token, slot by slot; an index of E contributes nothing."""
-    up_name = "gate_up_proj" if experts.has_gate else "up_proj"
-    out = []
-    for token in range(x.shape[0]):
-        total = torch.zeros_like(x[token])
-        for slot in range(index.shape[1]):
-            e = int(index[token, slot])
-            if e == experts.num_experts:
-                continue
-            up, down = getattr(experts, up_name)[e], experts.down_proj[e]
-            up, down = (up.T, down.T) if experts.is_transposed else (up, down)
-            inner = up @ x[token] + (getattr(experts, f"{up_name}_bias")[e] if experts.has_bias else 0)
-            hidden = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
-            total = total + weights[token, slot] * (
-                down @ hidden + (experts.down_proj_bias[e] if experts.has_bias else 0)
-            )
-        out.append(total)
-    return torch.stack(out)
-
-
-def with_gradients(function, experts, x, index, weights):
-    x, weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
-    out = function(experts, x, index, weights)
-    cotangent = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
-    grads = torch.autograd.grad(out, [x, weights, *experts.parameters()], cotangent)
-    return [out.detach(), *grads]
-
-
-def expected(kind: str, x, index, weights):
-    return with_gradients(oracle, make(kind).double(), x.double(), index, weights.double())
-
-
-def assert_close(found, wanted, tolerance):
-    for ours, theirs in zip(found, wanted, strict=True):
-        scale = theirs.abs().max().clamp(min=1e-6)
-        assert ((ours.double() - theirs).abs().max() / scale) < tolerance
-
-
-@pytest.mark.parametrize("top_k", [1, 2, 3])
-@pytest.mark.parametrize("kind", KINDS)
-def test_outputs_and_gradients_are_those_of_the_loop_over_tokens(kind, top_k):
-    x, index, weights = inputs(top_k=top_k)
-    found = with_gradients(ffn_experts_forward, make(kind), x, index, weights)
-    assert_close(found, expected(kind, x, index, weights), 1e-5)
-
-
-def errors(found, wanted):
-    return [float((a.double() - b).abs().max() / b.abs().max().clamp(min=1e-6)) for a, b in zip(found, wanted)]
-
-
-def test_experts_of_other_processes_contribute_nothing():
-    x, index, weights = inputs()
-    index[::3, 0] = NUM_EXPERTS
-    experts = make("gated-bias")
-    experts._is_expert_parallel = True
-    found = with_gradients(ffn_experts_forward, experts, x, index, weights)
-    assert_close(found, expected("gated-bias", x, index, weights), 1e-5)
+@pytest.mark.parametrize("name", ["top_2", "transposed", "own_gate", "plain", "odd_sizes"])
+@pytest.mark.parametrize(
+    ("dtype", "is_autocast", "limit"),
+    [
+        (torch.float64, False, 1e-12),
+        (torch.bfloat16, False, 1e-2),
+        (torch.float16, False, 2e-3),
+        (torch.float32, True, 3e-2),
+    ],
+    ids=["float64", "bfloat16", "float16", "autocast"],
+)
+def test_what_it_hands_on_to_computes_as_the_loop_does_in_every_dtype(name, dtype, is_autocast, limit):
+    experts, (x, index, weights) = make(CASES[name], dtype), inputs(CASES[name], dtype)
+    weights = weights.to(torch.promote_types(dtype, torch.float32))
+    says = "grouped_mm: dtype and widths are for it"
+    if name == "odd_sizes":
+        says = "batched_mm: grouped_mm demands that rows be multiples of 16 bytes"
+    if dtype == torch.float64:
+        says = "batched_mm: grouped_mm does not take float64"
+    assert explain_ffn_experts(experts) == says
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
+        found = with_gradients(ffn_experts_forward, experts, x, index, weights)
+    assert [tensor.dtype for tensor in found] == [dtype, dtype, weights.dtype, *[dtype] * (len(found) - 3)]
+    assert relative(found, expected(CASES[name], dtype)) <= limit
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
@@ -151,24 +70,8 @@ def test_every_family_computes_what_its_own_code_does(family):
         assert torch.allclose(our_grads[name], grad, atol=1e-4 * grad.abs().max() + 1e-8), name
 
 
-def mixtral(**settings) -> MixtralForCausalLM:
-    torch.manual_seed(0)
-    return MixtralForCausalLM(
-        MixtralConfig(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            num_local_experts=4,
-            **settings,
-        )
-    ).eval()
-
-
 def test_from_pretrained_takes_the_name_and_generates(tmp_path):
-    mixtral().save_pretrained(tmp_path)
+    MIXTRAL().save_pretrained(tmp_path)
     model = MixtralForCausalLM.from_pretrained(tmp_path, experts_implementation="peft_moe").eval()
     assert model.config._experts_implementation == "peft_moe"
     eager = MixtralForCausalLM.from_pretrained(tmp_path, experts_implementation="eager").eval()
@@ -183,7 +86,7 @@ def test_lora_on_the_experts_trains():
     def gradients(implementation):
         torch.manual_seed(0)
         config = LoraConfig(r=4, target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"])
-        model = get_peft_model(mixtral(), config)
+        model = get_peft_model(MIXTRAL(), config)
         model.base_model.model.set_experts_implementation(implementation)
         tokens = torch.arange(16).view(1, 16)
         model(input_ids=tokens, labels=tokens).loss.backward()
@@ -201,7 +104,7 @@ def test_lora_on_the_experts_trains():
 )
 def test_compiled_models_run_grouped_mm():
     torch._dynamo.reset()
-    model = mixtral()
+    model = MIXTRAL()
     model.set_experts_implementation("peft_moe")
     tokens = torch.arange(8).view(1, 8)
     with torch.no_grad():
@@ -212,30 +115,14 @@ def test_compiled_models_run_grouped_mm():
 
 def test_sizes_that_grouped_mm_refuses_compile_too():
     torch._dynamo.reset()
-    torch.manual_seed(0)
-    experts = EXPERTS_CLASSES[True, False](Settings(), 3, 10, 7, ACT2FN["silu"]).requires_grad_(False)
-    experts.reset_parameters(0.5)
-    x, weights, index = torch.randn(6, 10), torch.rand(6, 2), torch.tensor([[0, 2]] * 6)
-    found = torch.compile(experts, fullgraph=True, backend="aot_eager")(x, index, weights)
-    torch.testing.assert_close(found, oracle(experts, x, index, weights))
-    assert explain_ffn_experts(experts, "cuda").startswith("batched_mm: ")
-
-
-def test_explanations():
-    experts = make("gated")
-    assert explain_ffn_experts(experts) == "grouped_mm: dtype and widths are for it"
-    assert explain_ffn_experts(experts.double()) == "batched_mm: grouped_mm does not take float64"
-
-
-def test_float64_is_computed_too():
-    x, index, weights = inputs(dtype=torch.float64)
-    found = with_gradients(ffn_experts_forward, make("gated").double(), x, index, weights.double())
-    assert_close(found, expected("gated", x, index, weights), 1e-12)
+    experts, given = make(CASES["odd_sizes"]).requires_grad_(False), inputs(CASES["odd_sizes"])
+    found = torch.compile(experts, fullgraph=True, backend="aot_eager")(*given)
+    torch.testing.assert_close(found, oracle(experts, *given))
 
 
 def test_only_names_of_this_package_are_explained():
     with pytest.raises(ValueError, match="'peft_moe' and 'peft_moe_triton', but got implementation='grouped_mm'"):
-        explain_ffn_experts(make("gated"), implementation="grouped_mm")
+        explain_ffn_experts(make(CASES["top_2"]), implementation="grouped_mm")
 
 
 def with_norm(experts):
@@ -267,13 +154,13 @@ def of_wrappers(experts):
 def test_the_triton_programs_never_hand_on(change, reason, monkeypatch):
     monkeypatch.setattr(ffn, "is_usable", lambda: (True, ""))
     monkeypatch.setattr(ffn, "is_interpreted", lambda: True)
-    experts = make("gated")
+    experts = make(CASES["top_2"])
     assert explain_ffn_experts(experts, implementation="peft_moe_triton") == (
-        "peft_moe_triton: Triton programs, with 'gelu' inside"
+        "peft_moe_triton: Triton programs, with 'silu' inside"
     )
     change(experts)
-    with pytest.raises(RuntimeError, match=f"cannot compute MoeLlavaGatedExperts: .*{reason}. Use model.set_experts"):
-        ffn_triton_forward(experts, *inputs())
+    with pytest.raises(RuntimeError, match=f"cannot compute Own: .*{reason}. Use model.set_experts"):
+        ffn_triton_forward(experts, *inputs(CASES["top_2"]))
     assert "cannot run" in explain_ffn_experts(experts, implementation="peft_moe_triton")
 
 
@@ -284,12 +171,12 @@ def test_the_triton_programs_never_hand_on(change, reason, monkeypatch):
 def test_the_triton_programs_run_where_triton_does(is_interpreted, device, where, monkeypatch):
     monkeypatch.setattr(ffn, "is_usable", lambda: (True, ""))
     monkeypatch.setattr(ffn, "is_interpreted", lambda: is_interpreted)
-    assert where in explain_ffn_experts(make("gated"), device, implementation="peft_moe_triton")
+    assert where in explain_ffn_experts(make(CASES["top_2"]), device, implementation="peft_moe_triton")
 
 
 def test_the_name_is_known_to_transformers_and_says_what_is_missing(monkeypatch):
     monkeypatch.setattr(ffn, "is_usable", lambda: (False, "there is no CUDA device"))
-    model = mixtral()
+    model = MIXTRAL()
     model.set_experts_implementation("peft_moe_triton")
     with pytest.raises(RuntimeError, match="'peft_moe_triton' cannot compute MixtralExperts: there is no CUDA"):
         model(torch.arange(8).view(1, 8))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -11,7 +12,7 @@ from ffn_cases import CASES as FFN_CASES
 from ffn_cases import FfnCase, expected, loop_over_experts, relative, with_gradients
 from ffn_cases import inputs as ffn_inputs
 from ffn_cases import make as make_experts
-from kernel_cases import CASES, KernelCase, make_grad_out, make_index, make_inputs
+from kernel_cases import CASES, KernelCase, make_grad_out, make_index, make_inputs, plan_of
 from kernel_oracle import outputs_and_gradients
 from test_conformance import LIMITS, gradients, relative_error
 from test_conformance import skip_unless_supported as skip_on
@@ -51,14 +52,45 @@ def on_device(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 skip_unless_supported = partial(skip_on, device=DEVICE)
 
 
-def plan_of(case: KernelCase) -> DispatchPlan:
-    index = make_index(case).to(DEVICE)
-    return DispatchPlan.from_index(index, case.num_experts, tokens_per_example=case.tokens_per_example)
-
-
 def run(backend: str, case: KernelCase, inputs: dict[str, torch.Tensor], grad_out: torch.Tensor) -> dict:
-    out = lora_experts(**inputs, plan=plan_of(case), scaling=case.scaling, backend=backend)
-    return {"out": out, **gradients(out, inputs, grad_out.to(DEVICE))}
+    device = inputs["A"].device
+    out = lora_experts(**inputs, plan=plan_of(case, device), scaling=case.scaling, backend=backend)
+    return {"out": out, **gradients(out, inputs, grad_out.to(device))}
+
+
+def replayed(layer: Callable[[], torch.Tensor], change: Callable[[], object]) -> torch.Tensor:
+    """What a CUDA graph of `layer` leaves in its output after a change of its inputs."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            layer()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = layer()
+    change()
+    graph.replay()
+    torch.cuda.synchronize()
+    return captured
+
+
+def launches_of(layer: Callable[[], object]) -> list[str]:
+    """What the second call of `layer` starts on the device; the first one compiles."""
+    layer()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        layer()
+        torch.cuda.synchronize()
+    return [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """The peak of memory above what is there when `call` begins."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return torch.cuda.max_memory_allocated() - before
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -68,7 +100,7 @@ def test_agrees_with_the_oracle(backend, dtype, name):
     case = CASES[name]
     skip_unless_supported(backend, case, dtype)
     inputs, grad_out = make_inputs(case, dtype), make_grad_out(case, dtype)
-    expected = outputs_and_gradients(inputs, make_index(case), case.scaling, grad_out, case.tokens_per_example)
+    expected = outputs_and_gradients(case, inputs, grad_out)
     found = run(backend, case, on_device(inputs), grad_out)
     errors = {key: relative_error(found[key].detach().cpu(), expected[key]) for key in expected}
     assert max(errors.values()) <= LIMITS[dtype], errors
@@ -114,18 +146,8 @@ def test_a_cuda_graph_replays_another_routing(backend, name):
         plan = DispatchPlan.from_index(index, case.num_experts, tokens_per_example=case.tokens_per_example)
         return lora_experts(**inputs, plan=plan, scaling=case.scaling, backend=backend)
 
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            layer()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = layer()
-    index.copy_((index + 1) % case.num_experts)
-    graph.replay()
-    torch.cuda.synchronize()
-    torch.testing.assert_close(captured, layer(), rtol=0, atol=0)
+    found = replayed(layer, lambda: index.copy_((index + 1) % case.num_experts))
+    torch.testing.assert_close(found, layer(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -142,12 +164,21 @@ def test_triton_forward_takes_few_launches(name, launches):
         plan = DispatchPlan.from_index(index, case.num_experts, tokens_per_example=case.tokens_per_example)
         lora_experts(**inputs, plan=plan, scaling=case.scaling, backend="triton")
 
-    layer()  # compiles
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        layer()
-        torch.cuda.synchronize()
-    launched = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    launched = launches_of(layer)
     assert len(launched) == launches, launched
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is no second CUDA device")
+@pytest.mark.parametrize("name", ["one_token", "hundred_tokens", "by_example"])
+def test_tensors_on_the_second_device(name):
+    """Triton programs start on the device of their tensors, which need not be the current one."""
+    case, second = CASES[name], {}
+    for key, tensor in make_inputs(case, torch.float32).items():
+        second[key] = tensor.detach().to("cuda:1").requires_grad_()
+    grad_out = torch.ones(case.num_tokens, case.out_features)
+    assert torch.cuda.current_device() == 0
+    found, wanted = (run(backend, case, second, grad_out) for backend in ("triton", "eager"))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_the_sort_is_that_of_torch():
@@ -183,15 +214,13 @@ def test_triton_needs_no_buffer_of_the_size_of_all_rows(num_experts):
     case = dataclasses.replace(LARGE["llama_7b"], num_tokens=8192, num_experts=num_experts)
     skip_unless_supported("triton", case, torch.bfloat16)
     inputs, grad_out = on_device(make_inputs(case, torch.bfloat16)), make_grad_out(case, torch.bfloat16).to(DEVICE)
-    plan = plan_of(case)
-    plan.derived.clear()
-    lora_experts(**inputs, plan=plan, scaling=case.scaling, backend="triton")
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    out = lora_experts(**inputs, plan=plan, scaling=case.scaling, backend="triton")
-    torch.autograd.grad(out, list(inputs.values()), grad_out)
-    peak = torch.cuda.max_memory_allocated() - before
+    plan = plan_of(case, DEVICE)
+
+    def step() -> torch.Tensor:
+        return lora_experts(**inputs, plan=plan, scaling=case.scaling, backend="triton")
+
+    step()  # compiles
+    peak = peak_bytes(lambda: torch.autograd.grad(step(), list(inputs.values()), grad_out))
     tokens, rows = case.num_tokens, case.num_tokens * case.top_k
     outputs = tokens * (case.in_features + 2 * case.out_features) * 2  # dx, the output, and the gradient of base_out
     weights = sum(inputs[name].numel() for name in ("A", "B")) * (2 + 4 * 4)  # gradients, and their split sums
@@ -219,14 +248,6 @@ LARGE_FFN = {
 def ffn_results(function, experts, *given) -> list[torch.Tensor]:
     """Output and gradients on the device."""
     return with_gradients(function, experts.to(DEVICE), *(tensor.to(DEVICE) for tensor in given))
-
-
-@pytest.fixture
-def poison():
-    """Fresh memory is full of NaN, so that what a program leaves unwritten shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -270,19 +291,9 @@ def test_a_cuda_graph_of_ffn_experts_replays_another_routing(name):
     case = LARGE_FFN[name]
     experts = make_experts(case, torch.bfloat16).to(DEVICE).requires_grad_(False)
     x, index, weights = (tensor.to(DEVICE) for tensor in ffn_inputs(case, torch.bfloat16))
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            ffn_triton_forward(experts, x, index, weights)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = ffn_triton_forward(experts, x, index, weights)
-    index.copy_((index + 1) % case.num_experts)
-    graph.replay()
-    torch.cuda.synchronize()
-    torch.testing.assert_close(captured, ffn_triton_forward(experts, x, index, weights), rtol=0, atol=0)
+    layer = partial(ffn_triton_forward, experts, x, index, weights)
+    found = replayed(layer, lambda: index.copy_((index + 1) % case.num_experts))
+    torch.testing.assert_close(found, layer(), rtol=0, atol=0)
 
 
 def test_ffn_experts_take_four_launches():
@@ -291,11 +302,7 @@ def test_ffn_experts_take_four_launches():
     experts = make_experts(case, torch.bfloat16).to(DEVICE).requires_grad_(False)
     given = [tensor.to(DEVICE) for tensor in ffn_inputs(case, torch.bfloat16)]
     given[1] = given[1].contiguous()
-    ffn_triton_forward(experts, *given)  # compiles
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        ffn_triton_forward(experts, *given)
-        torch.cuda.synchronize()
-    launched = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    launched = launches_of(lambda: ffn_triton_forward(experts, *given))
     assert len(launched) == 4, launched
 
 
@@ -305,11 +312,7 @@ def test_ffn_experts_copy_no_stack_of_weights():
     experts = make_experts(case, torch.bfloat16)
     given = [tensor.to(DEVICE) for tensor in ffn_inputs(case, torch.bfloat16)]
     ffn_results(ffn_triton_forward, experts, *given)  # compiles
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    ffn_results(ffn_triton_forward, experts, *given)
-    peak = torch.cuda.max_memory_allocated() - before
+    peak = peak_bytes(lambda: ffn_results(ffn_triton_forward, experts, *given))
     pairs = case.num_tokens * case.top_k
     rows = pairs * (2 * 2 * case.inner + 2 * case.inner + 2 * case.width) * 2
     tokens = 8 * case.num_tokens * case.width * 4

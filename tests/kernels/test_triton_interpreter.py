@@ -1,4 +1,4 @@
-"""The Triton programs compute what the oracle says, in Triton's interpreter, which needs no GPU."""
+"""What of Triton needs no GPU: choice of a path, the launcher, and all programs in the interpreter."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from peft_moe.kernels import Case
 from peft_moe.kernels.backends import triton as backend
 from peft_moe.kernels.triton.paths import path_of
+from peft_moe.kernels.triton.tiles import Tiles, launch
 
 
 pytest.importorskip("triton", reason="the interpreter is part of the package triton")
@@ -51,6 +52,30 @@ def test_the_backend_names_the_path(monkeypatch):
     assert "'decode'" in backend.supports(facts)[1]
     assert "'dense'" in backend.supports(facts._replace(num_tokens=100))[1]
     assert "'sorted'" in backend.supports(facts._replace(num_tokens=100, rank=64))[1]
+
+
+def test_a_program_starts_on_the_device_of_its_tensors_with_its_arguments_in_order(monkeypatch):
+    events, tensor = [], torch.empty(1)
+
+    class Program:
+        arg_names = ("x", "K", "HAS_X", "HAS_BIAS")
+
+        def __getitem__(self, grid):
+            return lambda *given, **options: events.append((grid, given, options))
+
+    class Device:
+        def __init__(self, on):
+            assert on is tensor
+
+        def __enter__(self):
+            events.append("there")
+
+        def __exit__(self, *error):
+            events.append("left")
+
+    monkeypatch.setattr(torch.cuda, "device_of", Device)
+    launch(Program(), (3,), Tiles(1, 1, 4, 2), tensor, {"K": 2, "bias": None, "x": tensor})
+    assert events == ["there", ((3,), (tensor, 2, True, False), {"num_warps": 4, "num_stages": 2}), "left"]
 
 
 @pytest.mark.slow

@@ -78,26 +78,19 @@ def _configuration() -> tuple[type, ...]:
     return (type("ConfigTests", (), {f"test_{name}": test_of(name) for name in names}),)
 
 
-def _training() -> tuple[type, ...]:
-    return (shared("test_training_mixin").TrainingTesterMixin,)
+def _distributed(mixin: str, name: str, prefix: str) -> tuple[type, ...]:
+    module = shared(mixin)
+    setattr(module, f"{prefix}_DISTRIBUTED_TEST_MODEL_TYPES", None)
+    return (getattr(module, name),)
 
 
 def _tensor_parallel() -> tuple[type, ...]:
-    mixin = shared("test_tensor_parallel_mixin")
-    mixin.TP_DISTRIBUTED_TEST_MODEL_TYPES = None
-    return (mixin.TensorParallelTesterMixin,)
+    return _distributed("test_tensor_parallel_mixin", "TensorParallelTesterMixin", "TP")
 
 
 def _expert_parallel() -> tuple[type, ...]:
-    mixin = shared("test_expert_parallel_mixin")
-    mixin.EP_DISTRIBUTED_TEST_MODEL_TYPES = None
-    return (mixin.ExpertParallelTesterMixin, *_tensor_parallel())
-
-
-def _fsdp() -> tuple[type, ...]:
-    mixin = shared("test_fsdp_mixin")
-    mixin.FSDP_DISTRIBUTED_TEST_MODEL_TYPES = None
-    return (mixin.FSDPTesterMixin,)
+    own = _distributed("test_expert_parallel_mixin", "ExpertParallelTesterMixin", "EP")
+    return own + _tensor_parallel()
 
 
 def _training_members() -> dict[str, Any]:
@@ -141,24 +134,20 @@ def _fsdp_members() -> dict[str, Any]:
     return {"setUp": set_up, "model_tester": None}
 
 
-def _no_tester_yet() -> dict[str, Any]:
-    return {"model_tester": None}
-
-
 BASES = {
     "modeling": _modeling,
     "configuration": _configuration,
     "generation": lambda: (GenerationTesterMixin,),
-    "training": _training,
+    "training": lambda: (shared("test_training_mixin").TrainingTesterMixin,),
     "tensor_parallel": _tensor_parallel,
     "expert_parallel": _expert_parallel,
-    "fsdp": _fsdp,
+    "fsdp": lambda: _distributed("test_fsdp_mixin", "FSDPTesterMixin", "FSDP"),
 }
 MEMBERS = {
     # else it goes by a year in the copyright notice of the file
     "modeling": lambda: {"test_can_init_all_missing_weights_before_2023": True},
     "training": _training_members,
-    "tensor_parallel": _no_tester_yet,
+    "tensor_parallel": lambda: {"model_tester": None},
     "expert_parallel": _expert_parallel_members,
     "fsdp": _fsdp_members,
 }
@@ -172,10 +161,7 @@ def tests_of(suite: str) -> list[str]:
         RuntimeError: The source distribution is not in the cache.
         ImportError, AttributeError: This version of it has no such suite.
     """
-    if suite == "modeling":
-        own = {name for name in dir(GenerationTesterMixin) if name.startswith("test_")}
-    else:
-        own = set()
+    own = set(dir(GenerationTesterMixin)) if suite == "modeling" else set()
     names = unittest.TestLoader().getTestCaseNames(case_of(suite, MODELS[0]))
     return [name for name in names if name not in own and name.startswith(OWN_PREFIX.get(suite, "test_"))]
 

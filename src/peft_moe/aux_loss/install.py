@@ -118,7 +118,7 @@ class AuxLoss:
         Does nothing where no auxiliary loss is wanted, no gradient flows, or the routers run outside any call of the
         base model. The remaining arguments are those of [`RoutingRecorder.record`].
         """
-        forward_pass = self.recorder.find_pass()
+        forward_pass = self.recorder.context.find_pass()
         if adapter_name not in self.functions or not router_logits.requires_grad:
             return hidden_states
         if forward_pass is None:

@@ -1,7 +1,7 @@
 """FFN experts for transformers' experts interface, under the names `"peft_moe"` and `"peft_moe_triton"`.
 
 `"peft_moe"` hands on to transformers' `grouped_mm`, or to `batched_mm` where sizes or dtype are not for it: on a CPU
-nothing of our own was faster (docs/log.md), and on CUDA nothing of our own was measured. `"peft_moe_triton"` runs
+nothing of our own was faster (benchmarks/studies/log.md), and on CUDA nothing was measured. `"peft_moe_triton"` runs
 Triton programs and never hands on: tokens are gathered and weighted inside the products, and a usual activation is
 computed where its product ends. Of the intermediate tensors only the output of the first linear is kept for backward.
 The host waits for nothing, no two programs write to one place, and the stacks of weights are read where they lie.
@@ -56,6 +56,18 @@ class Linears(NamedTuple):
     up_bias: torch.Tensor | None
     down: torch.Tensor
     down_bias: torch.Tensor | None
+
+
+class Mixture(NamedTuple):
+    """Experts in one call: their linears, where the pairs go, and what is between the linears.
+
+    `activation` is a name that the programs know, or a function `(N, U)` → `(N, F)` that torch computes.
+    """
+
+    linears: Linears
+    order: Order
+    activation: str | Activation
+    has_gate: bool
 
 
 class Needs(NamedTuple):
@@ -141,7 +153,9 @@ def obstacle(experts: nn.Module) -> str | None:
         return "the experts have a norm after their second linear"
     up, down = weight_names(experts)
     named = dict(experts.named_parameters())
-    others = sorted(set(named) - {up, down, f"{up}_bias", f"{down}_bias"} - _parametrized(named))
+    # torch.nn.utils.parametrize (PEFT's `target_parameters`) keeps an attribute's own parameters there
+    ours = {up, down, f"{up}_bias", f"{down}_bias", *(name for name in named if name.startswith("parametrizations."))}
+    others = sorted(set(named) - ours)
     if others:
         return f"the experts have parameters beside their two linears ({', '.join(others)})"
     for name in (up, down):
@@ -163,11 +177,6 @@ def stored(experts: nn.Module, name: str) -> torch.Tensor:
         parameter = experts.get_parameter(f"parametrizations.{name}.original")
     found: torch.Tensor = getattr(experts, name) if parameter is None else parameter
     return found
-
-
-def _parametrized(names: Any) -> set[str]:
-    """What `torch.nn.utils.parametrize` (PEFT's `target_parameters`) keeps behind an attribute."""
-    return {name for name in names if name.startswith("parametrizations.")}
 
 
 def weight_names(experts: nn.Module) -> tuple[str, str]:
@@ -264,43 +273,31 @@ def ffn_triton_forward(
         )
     linears, dtype = linears_of(self, hidden_states.device)
     order = order_of(top_k_index, int(self.num_experts) + has_sentinel(self))  # type: ignore[arg-type]
-    activation = known_activation(self) or activation_of(self)
+    mixture = Mixture(linears, order, known_activation(self) or activation_of(self), bool(self.has_gate))
     # on CUDA, autocast would add up the slots in float32
     with torch.autocast(hidden_states.device.type, enabled=False):
-        out = _run(hidden_states.to(dtype), top_k_weights, linears, order, activation, bool(self.has_gate))
+        out = _run(hidden_states.to(dtype), top_k_weights, mixture)
     return out.to(hidden_states.dtype)
 
 
-def _run(
-    x_TD: torch.Tensor,
-    weights_TK: torch.Tensor,
-    linears: Linears,
-    order: Order,
-    activation: str | Activation,
-    has_gate: bool,
-) -> torch.Tensor:
-    differentiable = (x_TD, weights_TK, *linears)
+def _run(x_TD: torch.Tensor, weights_TK: torch.Tensor, mixture: Mixture) -> torch.Tensor:
+    differentiable = (x_TD, weights_TK, *mixture.linears)
     is_needed = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in differentiable)
     if torch.compiler.is_compiling():
-        return ffn_op(*differentiable, *order, activation, has_gate, is_needed)[0]  # type: ignore[no-any-return]
+        given = (*differentiable, *mixture.order, mixture.activation, mixture.has_gate, is_needed)
+        return ffn_op(*given)[0]  # type: ignore[no-any-return]
     if is_needed:
-        given = (*differentiable, order, activation, has_gate)
-        return _FfnTriton.apply(*given)  # type: ignore[no-untyped-call,no-any-return]
-    return compute(x_TD, weights_TK, linears, order, activation, has_gate, keeps_inner=False)[0]
+        return _FfnTriton.apply(*differentiable, *mixture[1:])  # type: ignore[no-untyped-call,no-any-return]
+    return compute(x_TD, weights_TK, mixture, keeps_inner=False)[0]
 
 
 def compute(
-    x_TD: torch.Tensor,
-    weights_TK: torch.Tensor,
-    linears: Linears,
-    order: Order,
-    activation: str | Activation,
-    has_gate: bool,
-    keeps_inner: bool,
+    x_TD: torch.Tensor, weights_TK: torch.Tensor, mixture: Mixture, keeps_inner: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The output, and `(N, U)` before the activation if it is kept."""
     from .triton import launch_ffn as launch
 
+    linears, order, activation, has_gate = mixture
     x_TD, (up, up_bias, down, down_bias) = unit_stride(x_TD), _with_plain_biases(linears)
     if isinstance(activation, str):
         inner, hidden = launch.run_first_linear(x_TD, up, up_bias, order, activation, has_gate, keeps_inner)
@@ -316,19 +313,17 @@ def compute_gradients(
     x_TD: torch.Tensor,
     weights_TK: torch.Tensor,
     inner_NU: torch.Tensor,
-    linears: Linears,
-    order: Order,
-    activation: str | Activation,
-    has_gate: bool,
+    mixture: Mixture,
     needs: Needs,
 ) -> tuple[torch.Tensor | None, ...]:
     """`g = dy Vᵀ; dw = h·g + dy·b; dV = (w h)ᵀ dy; du = act'(u) (w g); dU = xᵀ du; dx = du Uᵀ`, as in `Needs`."""
     from .triton import launch_ffn as launch
 
+    linears, order = mixture.linears, mixture.order
     grad_TD, x_TD, weights = unit_stride(grad_TD), unit_stride(x_TD), as_float(weights_TK)
     assert weights is not None
     wanted = Wanted(needs.x or needs.up or needs.up_bias, needs.down, needs.weights)
-    grad_inner, weighted, dots = _between(grad_TD, weights, inner_NU, linears, order, activation, has_gate, wanted)
+    grad_inner, weighted, dots = _between(grad_TD, weights, inner_NU, mixture, wanted)
     grads: list[torch.Tensor | None] = [None] * len(needs)
     if needs.down:
         grads[4] = launch.run_stack_gradient(weighted, grad_TD, order, _gradient_like(linears.down))
@@ -349,27 +344,20 @@ def compute_gradients(
 
 
 def _between(
-    grad_TD: torch.Tensor,
-    weights: torch.Tensor,
-    inner_NU: torch.Tensor,
-    linears: Linears,
-    order: Order,
-    activation: str | Activation,
-    has_gate: bool,
-    wanted: Wanted,
+    grad_TD: torch.Tensor, weights: torch.Tensor, inner_NU: torch.Tensor, mixture: Mixture, wanted: Wanted
 ) -> tuple[Any, Any, Any]:
     """The members of `Wanted`."""
     from .triton import launch_ffn as launch
 
     if not any(wanted):
         return None, None, None
+    (_, _, down, _), order, activation, has_gate = mixture
     grad_NF: torch.Tensor | None = None
     if wanted.grad_inner or wanted.dots:
-        grad_NF = launch.run_row_product(grad_TD, linears.down.transpose(1, 2), None, None, order, gathers=True)
+        grad_NF = launch.run_row_product(grad_TD, down.transpose(1, 2), None, None, order, gathers=True)
     if isinstance(activation, str):
-        num_experts = linears.down.shape[0]
         return launch.run_activation_gradient(
-            inner_NU, grad_NF, weights, order, num_experts, activation, has_gate, wanted
+            inner_NU, grad_NF, weights, order, down.shape[0], activation, has_gate, wanted
         )
     return _activation_gradient(inner_NU, grad_NF, weights, order, activation, wanted)
 
@@ -379,7 +367,7 @@ def _activation_gradient(
     grad_NF: torch.Tensor | None,
     weights: torch.Tensor,
     order: Order,
-    activation: Any,
+    activation: Activation,
     wanted: Wanted,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """What `run_activation_gradient` gives, by torch, of an activation that the programs do not know."""
@@ -432,22 +420,11 @@ class _FfnTriton(torch.autograd.Function):
     """`Σ_k w_tk (act(x_t U_e + a_e) V_e + b_e)`, e the k-th expert of token t."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x_TD: torch.Tensor,
-        weights_TK: torch.Tensor,
-        up: torch.Tensor,
-        up_bias: torch.Tensor | None,
-        down: torch.Tensor,
-        down_bias: torch.Tensor | None,
-        order: Order,
-        activation: str | Activation,
-        has_gate: bool,
-    ) -> torch.Tensor:
-        linears = Linears(up, up_bias, down, down_bias)
-        out, inner = compute(x_TD, weights_TK, linears, order, activation, has_gate, keeps_inner=True)
-        ctx.save_for_backward(x_TD, weights_TK, inner, *linears, *order)
-        ctx.activation, ctx.has_gate = activation, has_gate
+    def forward(ctx: Any, x_TD: torch.Tensor, weights_TK: torch.Tensor, *given: Any) -> torch.Tensor:
+        mixture = Mixture(Linears(*given[:4]), *given[4:])
+        out, inner = compute(x_TD, weights_TK, mixture, keeps_inner=True)
+        ctx.save_for_backward(x_TD, weights_TK, inner, *mixture.linears, *mixture.order)
+        ctx.rest = mixture[2:]
         return out
 
     @staticmethod
@@ -458,90 +435,60 @@ class _FfnTriton(torch.autograd.Function):
                 "model.set_experts_implementation('grouped_mm')."
             )
         x_TD, weights_TK, inner_NU, *saved = ctx.saved_tensors
-        linears, order = Linears(*saved[:4]), Order(*saved[4:])
-        needs = Needs(*ctx.needs_input_grad[:6])
         with torch.autocast(grad_TD.device.type, enabled=False):
             grads = compute_gradients(
-                grad_TD, x_TD, weights_TK, inner_NU, linears, order, ctx.activation, ctx.has_gate, needs
+                grad_TD, x_TD, weights_TK, inner_NU, _mixture_of(*saved, *ctx.rest), Needs(*ctx.needs_input_grad[:6])
             )
         return (*grads, None, None, None)
 
 
-_TENSORS = (
+_MIXTURE = (
     "Tensor x, Tensor weights, Tensor up, Tensor? up_bias, Tensor down, Tensor? down_bias, Tensor index, "
-    "Tensor pair_of_row, Tensor segment_end"
+    "Tensor pair_of_row, Tensor segment_end, str activation, bool has_gate"
 )
+
+
+def _mixture_of(*given: Any) -> Mixture:
+    """Of the flat arguments of an operation, from `up` to `has_gate`."""
+    return Mixture(Linears(*given[:4]), Order(*given[4:7]), *given[7:])
 
 
 @torch.library.custom_op(
-    "peft_moe::triton_ffn",
-    mutates_args=(),
-    schema=f"({_TENSORS}, str activation, bool has_gate, bool keeps_inner) -> (Tensor, Tensor)",
+    "peft_moe::triton_ffn", mutates_args=(), schema=f"({_MIXTURE}, bool keeps_inner) -> (Tensor, Tensor)"
 )
-def ffn_op(
-    x: Any,
-    weights: Any,
-    up: Any,
-    up_bias: Any,
-    down: Any,
-    down_bias: Any,
-    index: Any,
-    pair_of_row: Any,
-    segment_end: Any,
-    activation: str,
-    has_gate: bool,
-    keeps_inner: bool,
-) -> Any:
+def ffn_op(*given: Any) -> Any:
     """[`compute`] as one opaque operation; without `keeps_inner` the second output is empty."""
-    linears, order = Linears(up, up_bias, down, down_bias), Order(index, pair_of_row, segment_end)
-    out, inner = compute(x, weights, linears, order, activation, has_gate, keeps_inner)
-    return out, x.new_empty(0, up.shape[2]) if inner is None else inner
+    x, weights, *rest, keeps_inner = given
+    out, inner = compute(x, weights, _mixture_of(*rest), keeps_inner)
+    return out, x.new_empty(0, rest[0].shape[2]) if inner is None else inner
 
 
 @ffn_op.register_fake
-def _(x: Any, weights: Any, up: Any, *rest: Any) -> Any:
-    index, keeps_inner = rest[3], rest[-1]
+def _(*given: Any) -> Any:
+    x, _, up, _, _, _, index, *_, keeps_inner = given
     return x.new_empty(x.shape), x.new_empty(index.numel() if keeps_inner else 0, up.shape[2])
 
 
 @torch.library.custom_op(
     "peft_moe::triton_ffn_backward",
     mutates_args=(),
-    schema=f"(Tensor grad, Tensor inner, {_TENSORS}, str activation, bool has_gate, bool[] needs) -> Tensor[]",
+    schema=f"(Tensor grad, Tensor inner, {_MIXTURE}, bool[] needs) -> Tensor[]",
 )
-def ffn_backward_op(
-    grad: Any,
-    inner: Any,
-    x: Any,
-    weights: Any,
-    up: Any,
-    up_bias: Any,
-    down: Any,
-    down_bias: Any,
-    index: Any,
-    pair_of_row: Any,
-    segment_end: Any,
-    activation: str,
-    has_gate: bool,
-    needs: list[bool],
-) -> list[Any]:
+def ffn_backward_op(*given: Any) -> list[Any]:
     """[`compute_gradients`] as one operation; only the wanted gradients, in the order of `Needs`."""
-    linears, order = Linears(up, up_bias, down, down_bias), Order(index, pair_of_row, segment_end)
-    grads = compute_gradients(grad, x, weights, inner, linears, order, activation, has_gate, Needs(*needs))
+    grad, inner, x, weights, *rest, needs = given
+    grads = compute_gradients(grad, x, weights, inner, _mixture_of(*rest), Needs(*needs))
     return [found for found in grads if found is not None]
 
 
 @ffn_backward_op.register_fake
-def _(
-    grad: Any, inner: Any, x: Any, weights: Any, up: Any, up_bias: Any, down: Any, down_bias: Any, *rest: Any
-) -> list[Any]:
-    likes = (x, weights, up, up_bias, down, down_bias)
-    return [_gradient_like(like) for like, is_needed in zip(likes, rest[-1]) if is_needed]
+def _(*given: Any) -> list[Any]:
+    return [_gradient_like(like) for like, is_needed in zip(given[2:8], given[-1]) if is_needed]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     ctx.save_for_backward(output[1], *inputs[:9])
-    ctx.activation, ctx.has_gate = inputs[9:11]
+    ctx.rest = inputs[9:11]
     ctx.set_materialize_grads(False)
 
 
@@ -549,7 +496,7 @@ def _backward_of_op(ctx: Any, grad: torch.Tensor | None, _: torch.Tensor | None)
     needs = ctx.needs_input_grad[:6]
     if grad is None or not any(needs):
         return (None,) * 12
-    found = iter(ffn_backward_op(grad, *ctx.saved_tensors, ctx.activation, ctx.has_gate, list(needs)))
+    found = iter(ffn_backward_op(grad, *ctx.saved_tensors, *ctx.rest, list(needs)))
     return (*(next(found) if is_needed else None for is_needed in needs), *(None,) * 6)
 
 

@@ -64,7 +64,8 @@ def lora_experts(
     tensor([[ 3.],
             [30.]])
     """
-    case = check_arguments(hidden_states, base_out, A, B, plan, top_k_weights)
+    call = Call(hidden_states, base_out, A, B, top_k_weights, plan, scaling, inplace)  # type: ignore[arg-type]
+    case = case_of(call)
     chosen = backend_for(backend, case)
     if plan is None and chosen.needs_plan:
         plan = DispatchPlan.single_expert(case.num_tokens, A.device)
@@ -72,7 +73,7 @@ def lora_experts(
         top_k_weights = per_token(top_k_weights, plan.tokens_per_example)
     if A.dtype == torch.float64 and top_k_weights is not None:
         top_k_weights = top_k_weights.double()
-    call = Call(hidden_states, base_out, A, B, top_k_weights, plan, scaling, inplace)  # type: ignore[arg-type]
+    call = call._replace(weights=top_k_weights, plan=plan)  # type: ignore[arg-type]
     if torch.is_autocast_enabled(case.device):
         with torch.autocast(case.device, enabled=False):
             return run_in_one_dtype(chosen, call)
@@ -86,15 +87,9 @@ def run_in_one_dtype(backend: Backend, call: Call) -> torch.Tensor:
     return backend.run(call._replace(inplace=False) if call.inplace and not call.base.is_contiguous() else call)
 
 
-def check_arguments(
-    hidden_states: torch.Tensor,
-    base_out: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    plan: DispatchPlan | None,
-    top_k_weights: torch.Tensor | None,
-) -> Case:
-    """Return the case of a call, or raise `ValueError` with every problem of its arguments."""
+def case_of(call: Call) -> Case:
+    """The case of a call as the user made it, or `ValueError` with every problem of its arguments."""
+    hidden_states, base_out, A, B, top_k_weights, plan = call[:6]
     x_shape, out_shape, A_shape, B_shape = hidden_states.shape, base_out.shape, A.shape, B.shape
     if len(A_shape) == len(B_shape) == 3 and len(x_shape) == len(out_shape) > 0:
         num_experts, rank, in_features = A_shape
@@ -117,29 +112,14 @@ def check_arguments(
             and (top_k_weights is None or top_k_weights.shape == (plan_examples, top_k or 1))
         )
         if fits:
-            return Case(
-                num_tokens,
-                in_features,
-                out_features,
-                num_experts,
-                rank,
-                top_k,
-                dtype,
-                device.type,
-                tokens_per_example,
-            )
-    raise ValueError(" ".join(problems(hidden_states, base_out, A, B, plan, top_k_weights)))
+            sizes = (num_tokens, in_features, out_features, num_experts, rank, top_k)
+            return Case(*sizes, dtype, device.type, tokens_per_example)
+    raise ValueError(" ".join(problems_of(call)))
 
 
-def problems(
-    hidden_states: torch.Tensor,
-    base_out: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    plan: DispatchPlan | None,
-    top_k_weights: torch.Tensor | None,
-) -> list[str]:
+def problems_of(call: Call) -> list[str]:
     """Every problem of the arguments as a sentence. Not on the hot path."""
+    hidden_states, base_out, A, B, top_k_weights, plan = call[:6]
     if A.dim() != 3 or B.dim() != 3 or hidden_states.dim() == 0 or base_out.dim() == 0:
         return [
             "lora_experts needs A (E, R, D), B (E, R, O), hidden_states (..., D) and base_out (..., O), but got "

@@ -132,8 +132,8 @@ class Row(NamedTuple):
     because: str
 
 
-# The first row that fits and can run decides. Rows for the CPU follow benchmarks/results/cpu_fp32.json (docs/log.md);
-# those for CUDA follow from a model of operations and bytes, and say so.
+# The first row that fits and can run decides. Rows for the CPU follow benchmarks/results/cpu_fp32.json
+# (benchmarks/studies/log.md); those for CUDA follow from a model of operations and bytes, and say so.
 RULE = (
     Row("plain", lambda c: not c.is_dispatched, "there is one expert and nothing to dispatch"),
     Row("gather", lambda c: c.tokens_per_example > 1, "whole examples are routed: one batched product, no sort"),

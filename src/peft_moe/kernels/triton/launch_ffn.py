@@ -102,18 +102,10 @@ def run_first_linear(
     hidden = x_TD.new_empty(order.num_pairs, width)
     if order.num_pairs:
         tiles, step = first_tiles(*choice_of(x_TD, w_EDU, order), has_gate, activation)
-        facts: dict[str, Any] = {
-            "x": x_TD,
-            "w": w_EDU,
-            "bias": bias_EU,
-            "inner": inner,
-            "hidden": hidden,
-            "D": depth,
-            "F": width,
-        }
+        facts: dict[str, Any] = {"x": x_TD, "w": w_EDU, "bias": bias_EU, "inner": inner, "hidden": hidden}
+        facts |= {"D": depth, "F": width, "HAS_GATE": has_gate, "ACTIVATION": activation}
         facts |= dict(zip(("stride_we", "stride_wd", "stride_wf"), w_EDU.stride())) | {"stride_x": x_TD.stride(0)}
-        facts |= {"HAS_BIAS": bias_EU is not None, "HAS_INNER": keeps_inner, "HAS_GATE": has_gate}
-        facts |= {"ACTIVATION": activation, "BLOCK_M": tiles.rows, "BLOCK_F": tiles.columns, "BLOCK_D": step}
+        facts |= {"BLOCK_M": tiles.rows, "BLOCK_F": tiles.columns, "BLOCK_D": step}
         facts |= facts_of(order, num_experts, x_TD.dtype, w_EDU.dtype)
         launch(programs.first_linear, grid_of(order, num_experts, tiles, width), tiles, x_TD, facts)
     return inner, hidden
@@ -133,17 +125,9 @@ def run_row_product(
     out = buffer(x, order, num_experts, width)
     if order.num_pairs:
         tiles, step = product_tiles(*choice_of(x, w_EDW, order))
-        facts: dict[str, Any] = {
-            "x": x,
-            "w": w_EDW,
-            "bias": bias_EW,
-            "weight": weights_TK,
-            "out": out,
-            "D": depth,
-            "W": width,
-        }
+        facts: dict[str, Any] = {"x": x, "w": w_EDW, "bias": bias_EW, "weight": weights_TK, "out": out}
+        facts |= {"D": depth, "W": width, "GATHERS": gathers}
         facts |= dict(zip(("stride_we", "stride_wd", "stride_ww"), w_EDW.stride())) | {"stride_x": x.stride(0)}
-        facts |= {"GATHERS": gathers, "HAS_BIAS": bias_EW is not None, "HAS_WEIGHT": weights_TK is not None}
         facts |= {"BLOCK_M": tiles.rows, "BLOCK_W": tiles.columns, "BLOCK_D": step}
         facts |= facts_of(order, num_experts, x.dtype, w_EDW.dtype)
         launch(programs.row_product, grid_of(order, num_experts, tiles, width), tiles, x, facts)
@@ -169,16 +153,9 @@ def run_activation_gradient(
     dots = weights_TK.new_empty(order.num_pairs) if wanted.dots else None
     if order.num_pairs:
         tiles = ACTIVATION_TILES
-        facts: dict[str, Any] = {
-            "g": grad_NF,
-            "weight": weights_TK,
-            "inner": inner_NU,
-            "grad_inner": grad_inner,
-            "dots": dots,
-        }
-        facts |= {"weighted": weighted, "F": width, "ACTIVATION": activation, "HAS_GATE": has_gate}
-        facts |= {"HAS_G": grad_NF is not None, "HAS_INNER": wanted.grad_inner, "HAS_DOTS": wanted.dots}
-        facts |= {"HAS_WEIGHTED": wanted.weighted, "BLOCK_M": tiles.rows, "BLOCK_F": tiles.columns}
+        facts: dict[str, Any] = {"g": grad_NF, "weight": weights_TK, "inner": inner_NU, "grad_inner": grad_inner}
+        facts |= {"dots": dots, "weighted": weighted, "F": width, "ACTIVATION": activation, "HAS_GATE": has_gate}
+        facts |= {"HAS_INNER": wanted.grad_inner, "BLOCK_M": tiles.rows, "BLOCK_F": tiles.columns}
         facts |= facts_of(order, num_experts, inner_NU.dtype)
         grid = (triton.cdiv(order.num_pairs, tiles.rows),)
         launch(programs.activation_gradient, grid, tiles, inner_NU, facts)
@@ -204,15 +181,8 @@ def run_bias_gradient(
     """`Σ_n w_tk · y` over the rows of each expert, from `(T, W)` if it gathers, else `(N, W)`, written to `out`."""
     num_experts, width = out_EW.shape
     tiles = BIAS_TILES
-    facts: dict[str, Any] = {
-        "y": y,
-        "weight": weights_TK,
-        "out": out_EW,
-        "W": width,
-        "stride_y": y.stride(0),
-        "GATHERS": gathers,
-    }
-    facts |= {"HAS_WEIGHT": weights_TK is not None, "BLOCK_W": tiles.columns, "BLOCK_N": tiles.rows}
+    facts: dict[str, Any] = {"y": y, "weight": weights_TK, "out": out_EW, "W": width, "stride_y": y.stride(0)}
+    facts |= {"GATHERS": gathers, "BLOCK_W": tiles.columns, "BLOCK_N": tiles.rows}
     facts |= facts_of(order, num_experts, y.dtype, out_EW.dtype)
     launch(programs.bias_gradient, (triton.cdiv(width, tiles.columns), num_experts), tiles, y, facts)
     return out_EW

@@ -146,14 +146,7 @@ def run_shrink(
     if other_NR is not None:
         dots = x_TD.new_empty(plan.grid[1], rows.num_tokens, rows.top_k, dtype=torch.float32)
     if rows.num_tokens:
-        facts: dict[str, Any] = {
-            "x": x_TD,
-            "w": w_ERD,
-            "out": out,
-            "other": other_NR,
-            "dots": dots,
-            "HAS_OTHER": dots is not None,
-        }
+        facts: dict[str, Any] = {"x": x_TD, "w": w_ERD, "out": out, "other": other_NR, "dots": dots}
         facts |= {"D": width, "stride_x": x_TD.stride(0), **plan.sizes, **facts_of(rows, rank, x_TD.dtype)}
         launch(PROGRAMS[path].shrink, plan.grid, plan.tiles, x_TD, facts)
     if dots is None:
@@ -180,17 +173,11 @@ def run_expand(
     if not rows.num_tokens:
         return out_TO
     plan = expand_plan(path, rows, rank, width, h_NR.dtype)
-    facts: dict[str, Any] = {
-        "h": h_NR,
-        "w": w_ERO,
-        "weight": weights_BK,
-        "HAS_WEIGHT": weights_BK is not None,
-        "out": out_TO,
-    }
+    facts: dict[str, Any] = {"h": h_NR, "w": w_ERO, "weight": weights_BK, "out": out_TO}
     facts |= {"W": width, "scaling": scaling, **plan.sizes, **facts_of(rows, rank, h_NR.dtype)}
     for slot in range(rows.top_k if path == "sorted" else 1):
         source = source_TO if slot == 0 else out_TO
-        facts |= {"slot": slot, "source": source, "HAS_SOURCE": source is not None}
+        facts |= {"slot": slot, "source": source}
         facts["stride_source"] = 0 if source is None else source.stride(0)
         launch(PROGRAMS[path].expand, plan.grid, plan.tiles, h_NR, facts)
     return out_TO
@@ -209,13 +196,7 @@ def run_weight_gradient(
     plan = gradient_plan(path, rows, rank, width, h_NR.dtype)
     splits = plan.sizes["SPLITS"]
     out = torch.empty(splits, rows.num_experts, rank, width, dtype=torch.float32, device=h_NR.device)
-    facts: dict[str, Any] = {
-        "h": h_NR,
-        "y": y_TW,
-        "weight": weights_BK,
-        "HAS_WEIGHT": weights_BK is not None,
-        "out": out,
-    }
+    facts: dict[str, Any] = {"h": h_NR, "y": y_TW, "weight": weights_BK, "out": out}
     facts |= {"W": width, "stride_y": y_TW.stride(0), "scaling": scaling}
     facts |= {**plan.sizes, **facts_of(rows, rank, h_NR.dtype)}
     launch(PROGRAMS[path].weight_gradient, plan.grid, plan.tiles, h_NR, facts)

@@ -33,13 +33,18 @@ def options(tiles: Tiles) -> dict[str, int]:
 
 
 def launch(program: Any, grid: tuple[int, ...], tiles: Tiles, on: torch.Tensor, facts: dict[str, Any]) -> None:
-    """Start a program, whose arguments are found in `facts` by their names.
+    """Start a program, whose arguments are found in `facts` by their names; `HAS_X` says whether `x` is there.
 
     Triton starts programs on the current device, wherever the tensors are, hence `on`; in the interpreter it does
     nothing.
     """
     with torch.cuda.device_of(on):  # type: ignore[no-untyped-call]
-        program[grid](*(facts[name] for name in program.arg_names), **options(tiles))
+        program[grid](*(fact_of(name, facts) for name in program.arg_names), **options(tiles))
+
+
+def fact_of(name: str, facts: dict[str, Any]) -> Any:
+    """An argument of a program."""
+    return facts[name] if name in facts else facts[name.removeprefix("HAS_").lower()] is not None
 
 
 def next_power_of_two(number: int) -> int:

@@ -89,7 +89,7 @@ def _forward_method(model: nn.Module) -> Any:
             return _call_inner(self, "forward", *args, **kwargs)
         # called without hooks: model.forward(...)
         inputs = {name: kwargs[name] for name in _PASSED_ON if name in kwargs}
-        with recorder.surround({**inputs, CLUSTER_IDS: cluster_ids}):
+        with recorder.context.surround({**inputs, CLUSTER_IDS: cluster_ids}):
             return _call_inner(self, "forward", *args, **kwargs)
 
     setattr(forward, _MARK, True)
@@ -110,7 +110,7 @@ def _generate_method(model: nn.Module) -> Any:
         if prompt["input_ids"] is None and getattr(given.get("inputs"), "dtype", None) in (torch.int64, torch.int32):
             prompt["input_ids"] = given["inputs"]
         continued = of_continued_cache(given.get("past_key_values"))
-        with recorder.surround({CLUSTER_IDS: cluster_ids, GENERATION_PROMPT: prompt, **continued}):
+        with recorder.context.surround({CLUSTER_IDS: cluster_ids, GENERATION_PROMPT: prompt, **continued}):
             return _call_inner(self, "generate", *args, **kwargs)
 
     setattr(generate, _MARK, True)
