@@ -62,7 +62,7 @@ PLAUSIBLE = {
     "expert_type": st.sampled_from(["ffn", "lora"]),
     "calibration": st.sampled_from([None, "released_code", "paper"]),
     "init_lora_weights": st.sampled_from([True, False, "gaussian"]),
-    "kernel_backend": st.sampled_from(["auto", "eager", "dense", "segment"]),
+    "kernel_backend": st.sampled_from(["auto", "eager", "dense", "grouped_mm"]),
     "router_dtype": st.sampled_from(["float32", torch.float32]),
     "gate_dtype": st.sampled_from(["float32", torch.float32]),
     "checkpoint_format": st.just(1),

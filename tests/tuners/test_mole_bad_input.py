@@ -312,6 +312,17 @@ def test_checkpoint_of_a_newer_version_asks_for_an_upgrade(saved):
         PeftModel.from_pretrained(tiny_llama(), saved)
 
 
+def test_backend_that_was_removed_gives_way_to_auto_with_one_warning(saved, recwarn):
+    expected = logits(PeftModel.from_pretrained(tiny_llama(), saved).eval())
+    edit_config(saved, kernel_backend="segment")
+    model = PeftModel.from_pretrained(tiny_llama(), saved).eval()
+    assert [str(w.message).partition(" was removed")[0] for w in recwarn if "segment" in str(w.message)] == [
+        "MoLEConfig: kernel_backend='segment'"
+    ]
+    assert model.peft_config["default"].kernel_backend == "auto"
+    assert torch.equal(logits(model), expected)
+
+
 def test_unknown_field_of_a_newer_version_is_named(saved, recwarn):
     expected = logits(PeftModel.from_pretrained(tiny_llama(), saved).eval())
     edit_config(saved, router_temperature=0.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -18,6 +19,9 @@ from .config import (
     is_names,
     must_be,
 )
+
+REMOVED_BACKENDS = ("segment",)
+"""kernel backends of earlier versions, which a saved adapter may still name"""
 
 
 def _known_backend(name: str, value: Any) -> list[str]:
@@ -71,6 +75,14 @@ class LoraExpertsConfig(MoeTunerConfig):
         self.exclude_modules = as_set(self.exclude_modules)
         if isinstance(self.layers_to_transform, tuple | set | range):
             self.layers_to_transform = list(self.layers_to_transform)
+        if self.kernel_backend in REMOVED_BACKENDS:
+            # all backends compute the same, so an adapter of an earlier version must not be lost for the name of one
+            warnings.warn(
+                f"{type(self).__name__}: kernel_backend={self.kernel_backend!r} was removed from peft_moe, so that "
+                "'auto' takes its place, which computes the same. Save the adapter again to be rid of this warning.",
+                stacklevel=2,
+            )
+            self.kernel_backend = "auto"
         super().__post_init__()
 
     def _contradictions(self) -> list[str]:
