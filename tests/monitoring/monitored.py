@@ -52,7 +52,7 @@ def pathways_in(model, *batches, **options) -> ExpertPathways:
 def check_picture(path) -> None:
     """It is large enough to be read, and not of one colour."""
     pixels = pytest.importorskip("matplotlib.image").imread(path)
-    assert min(pixels.shape[:2]) > 200
+    assert min(pixels.shape[:2]) > 300
     assert len({tuple(pixel) for pixel in pixels.reshape(-1, pixels.shape[-1])[::7].round(2).tolist()}) > 8
 
 
