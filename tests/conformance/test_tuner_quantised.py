@@ -43,11 +43,7 @@ def torchao_int8():
     return TorchAoConfig(Int8WeightOnlyConfig(version=2))
 
 
-KINDS = {
-    "nf4": (nf4, "Linear4bit"),
-    "int8": (int8, "Linear8bitLt"),
-    "torchao-int8": (torchao_int8, "Linear"),
-}
+KINDS = {"nf4": (nf4, "Linear4bit"), "int8": (int8, "Linear8bitLt"), "torchao-int8": (torchao_int8, "Linear")}
 every_kind = pytest.mark.parametrize("kind", KINDS)
 IN_SHORT = [("mole", "nf4"), ("moextend", "torchao-int8")]
 """of the rows with `Trainer`, those that are not exhaustive"""

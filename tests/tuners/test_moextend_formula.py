@@ -11,15 +11,7 @@ import torch.nn.functional as F
 import transformers
 from packaging.version import Version
 from peft import PeftModel, get_peft_model
-from test_moextend_families import (
-    BY_NAME,
-    config_for,
-    every_family,
-    extend,
-    logits_of,
-    routers_of,
-    shaken,
-)
+from test_moextend_families import BY_NAME, config_for, every_family, extend, logits_of, routers_of, shaken
 from torch import nn
 
 from peft_moe import get_aux_loss

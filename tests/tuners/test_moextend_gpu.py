@@ -12,10 +12,7 @@ from peft_moe import get_aux_loss
 from tiny_moe import NUM_EXPERTS, moe_batch
 
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
 
 DEVICE = "cuda"
 FAMILIES = ["mixtral", "gpt_oss", "deepseek_v3"]

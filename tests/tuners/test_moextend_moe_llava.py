@@ -7,15 +7,7 @@ import warnings
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from test_moextend_families import (
-    BY_NAME,
-    IMPLEMENTATIONS,
-    choices_of,
-    extend_llava,
-    gradients_of,
-    logits_of,
-    shaken,
-)
+from test_moextend_families import BY_NAME, IMPLEMENTATIONS, choices_of, extend_llava, gradients_of, logits_of, shaken
 from torch import nn
 
 from peft_moe import MoExtendConfig
@@ -141,10 +133,7 @@ def test_checkpointing_changes_no_gradient(use_reentrant):
 
 @pytest.mark.parametrize(
     ("build", "module", "batch"),
-    [
-        (BY_NAME["mixtral"].build, "lm_head", moe_batch),
-        (tiny_moe_llava, "multi_modal_projector", image_batch),
-    ],
+    [(BY_NAME["mixtral"].build, "lm_head", moe_batch), (tiny_moe_llava, "multi_modal_projector", image_batch)],
     ids=["mixtral", "moe_llava"],
 )
 def test_a_merged_adapter_brings_its_own_modules_to_save(build, module, batch):

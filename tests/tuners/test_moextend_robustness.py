@@ -9,15 +9,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_moextend_families import (
-    BY_NAME,
-    choices_of,
-    config_for,
-    extend,
-    logits_of,
-    routers_of,
-    shaken,
-)
+from test_moextend_families import BY_NAME, choices_of, config_for, extend, logits_of, routers_of, shaken
 from test_moextend_training import rows
 from torch import nn
 from transformers import TrainingArguments
@@ -208,10 +200,7 @@ def test_router_logits_around_lora_are_refused_and_all_else_works():
     assert all(router.moextend_gate["default"].weight.grad.any() for router in routers_of(model))
 
 
-GROUPED = {
-    "deepseek_v3": {},
-    "deepseek_v2": {"topk_method": "group_limited_greedy"},
-}
+GROUPED = {"deepseek_v3": {}, "deepseek_v2": {"topk_method": "group_limited_greedy"}}
 
 
 def grouped(name: str) -> MoeFamily:

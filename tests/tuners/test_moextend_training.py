@@ -132,19 +132,6 @@ def two_adapters() -> PeftModel:
     return model.eval()
 
 
-def test_adapters_on_one_base_are_switched():
-    model = two_adapters()
-    first = logits_of(extend(MIXTRAL, layers=[0, 1], copy_sources={0: 1, 1: 1}, shake=0.1))
-    other = logits_of(model)
-    model.set_adapter("default")
-    assert torch.equal(logits_of(model), first)
-    assert {n.split(".")[-2] for n, p in model.named_parameters() if p.requires_grad} == {"default"}
-    model.set_adapter("other")
-    assert torch.equal(logits_of(model), other)
-    with model.disable_adapter():
-        assert torch.equal(logits_of(model), logits_of(MIXTRAL.build()))
-
-
 def test_adapters_are_active_together():
     model = two_adapters()
     model.base_model.set_adapter(["default", "other"])
@@ -182,32 +169,12 @@ def test_adapters_that_are_active_together_are_the_merged_model_of_both():
     assert len(whole) == 3 * 3
 
 
-def test_a_deleted_adapter_leaves_the_others():
-    model = two_adapters()
-    other = logits_of(model)
-    model.delete_adapter("default")
-    assert torch.equal(logits_of(model), other)
-    assert not any(".default." in name for name in model.state_dict())
-
-
 def test_calibrated_adapters_are_not_active_together():
     model = extend(MIXTRAL, calibration="released_code")
     model.add_adapter("other", config_for(MIXTRAL))
     model.base_model.set_adapter(["default", "other"])
     with pytest.raises(RuntimeError, match="active together, but 'default' has a calibration"):
         logits_of(model)
-
-
-def test_a_half_precision_base_trains_float32_experts():
-    from peft import get_peft_model
-
-    model = get_peft_model(MIXTRAL.build().bfloat16(), config_for(MIXTRAL)).train()
-    model(**moe_batch()).loss.backward()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    assert {parameter.dtype for parameter in trained} == {torch.float32}
-    assert any(parameter.grad.any() for parameter in trained)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        model(**moe_batch()).loss.backward()
 
 
 @pytest.mark.slow

@@ -37,11 +37,7 @@ BAD_FIELDS = [
     ),
     ("loss-nan", {"router_z_loss_coef": float("nan")}, "router_z_loss_coef must be a number and not negative"),
     ("unknown-gate", {"gate_scale": "probs"}, "gate_scale must be one of 'none', 'straight_through', 'prob', but is"),
-    (
-        "untrained-router",
-        {"gate_scale": "none", "router_aux_loss_coef": 0.0},
-        "leaves routers without any gradient",
-    ),
+    ("untrained-router", {"gate_scale": "none", "router_aux_loss_coef": 0.0}, "leaves routers without any gradient"),
     ("unknown-scope", {"router_scope": "layer"}, "router_scope must be one of 'mlp', 'module', but is 'layer'"),
     (
         "unknown-loss",
@@ -95,7 +91,11 @@ BAD_FIELDS = [
         {"layers_to_transform": 1, "target_modules": ".*mlp.*"},
         "Put the layer numbers into the expression",
     ),
-    ("unknown-backend", {"kernel_backend": "grouped_m"}, "There is no kernel backend 'grouped_m'. Did you mean 'grouped_mm'?"),
+    (
+        "unknown-backend",
+        {"kernel_backend": "grouped_m"},
+        "There is no kernel backend 'grouped_m'. Did you mean 'grouped_mm'?",
+    ),
     ("backend-as-nothing", {"kernel_backend": None}, "There is no kernel backend 'None'. Pass 'auto' or one of"),
 ]
 
@@ -219,33 +219,16 @@ def without_an_expert_tensor(tensors):
     del tensors[next(name for name in tensors if "mole_B" in name)]
 
 
-def without_routers(tensors):
-    for name in [name for name in tensors if "mole_router" in name]:
-        del tensors[name]
-
-
-def with_a_foreign_tensor(tensors):
-    tensors["base_model.model.model.layers.9.mlp.up_proj.mole_A.weight"] = torch.zeros(3, 2, 32)
-
-
 def with_other_experts(tensors):
     name = next(name for name in tensors if "mole_router.weight" in name)
     tensors[name] = torch.zeros(7, 32)
-
-
-def of_another_method(tensors):
-    for name in list(tensors):
-        tensors[name.replace("mole_", "lora_")] = tensors.pop(name)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (without_an_expert_tensor, r"1 tensors are missing from the file, for example .*mole_B"),
-        (without_routers, r"6 tensors are missing from the file, for example .*mole_router"),
-        (with_a_foreign_tensor, r"1 tensors of the file have no place in the model, for example .*layers\.9"),
         (with_other_experts, r"1 tensors have another shape.*\(7, 32\) in the file, \(3, 32\) in the model"),
-        (of_another_method, r"48 tensors are missing from the file"),
     ],
     ids=lambda value: value.__name__.replace("_", "-") if callable(value) else "",
 )
@@ -275,28 +258,6 @@ def test_file_that_does_not_fit_changes_no_weight_of_a_loaded_adapter(saved):
     with pytest.raises(ValueError, match="have another shape"):
         set_peft_model_state_dict(model, weights)
     assert torch.equal(logits(model), expected)
-
-
-def test_truncated_file_is_refused(saved):
-    path = saved / "adapter_model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(safetensors.SafetensorError, match="(?i)incomplete"):
-        PeftModel.from_pretrained(tiny_llama(), saved)
-    model = wrapped()
-    expected = logits(model)
-    with pytest.raises(safetensors.SafetensorError, match="(?i)incomplete"):
-        model.load_adapter(saved, adapter_name="broken")
-    assert torch.equal(logits(model), expected)
-
-
-def test_adapter_for_a_wider_model_is_refused(saved):
-    with pytest.raises(ValueError, match="have another shape"):
-        PeftModel.from_pretrained(tiny_llama(hidden_size=64), saved)
-
-
-def test_adapter_for_a_deeper_model_is_refused(saved):
-    with pytest.raises(ValueError, match="are missing from the file"):
-        PeftModel.from_pretrained(tiny_llama(num_hidden_layers=4), saved)
 
 
 def edit_config(folder, **fields) -> None:

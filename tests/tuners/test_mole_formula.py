@@ -26,14 +26,7 @@ GATES = [
 
 
 def build(dtype=torch.float32, **settings):
-    settings = {
-        "num_experts": 4,
-        "r": 3,
-        "lora_alpha": 6,
-        "lora_dropout": 0.0,
-        "init_lora_weights": False,
-        **settings,
-    }
+    settings = {"num_experts": 4, "r": 3, "lora_alpha": 6, "lora_dropout": 0.0, "init_lora_weights": False, **settings}
     config = MoLEConfig(task_type="CAUSAL_LM", **settings)
     config.router_aux_loss_coef = 0.0  # for the gradient of the task alone, which a configuration may refuse
     torch.manual_seed(5)

@@ -158,11 +158,7 @@ class MoeTuner(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls,
-        model: nn.Module,
-        config: PeftConfig,
-        adapter_name: str,
-        state_dict: dict[str, torch.Tensor],
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_adapter_state_dict(model, adapter_name, remapped, prefix=cls.prefix)
@@ -192,14 +188,14 @@ def check_adapter_state_dict(
                 own = name.removeprefix(f"{layer_name}.")
                 if own.startswith(prefix) and own.split(".")[1] == adapter_name:
                     needed[name] = tensor
-    missing = [name for name in needed if name not in state_dict]
+    fitting = {name: state_dict[name] for name in needed if name in state_dict}
+    missing = [name for name in needed if name not in fitting]
     extra = [name for name in state_dict if name not in needed and f".{prefix}" in name]
     shapes = [
-        f"{name}: {tuple(state_dict[name].shape)} in the file, {tuple(tensor.shape)} in the model"
-        for name, tensor in needed.items()
-        if name in state_dict and state_dict[name].shape != tensor.shape
+        f"{name}: {tuple(found.shape)} in the file, {tuple(needed[name].shape)} in the model"
+        for name, found in fitting.items()
+        if found.shape != needed[name].shape
     ]
-    fitting = {name: state_dict[name] for name in needed if name in state_dict}
     dtypes = [
         f"{name}: {found.dtype} in the file, {needed[name].dtype} in the model"
         for name, found in fitting.items()

@@ -20,6 +20,7 @@ from .config import (
     must_be,
 )
 
+
 REMOVED_BACKENDS = ("segment",)
 """kernel backends of earlier versions, which a saved adapter may still name"""
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -73,11 +74,9 @@ def check_enlargeable(
     counts = _num_new(model, blocks, adapter_names)
     problems = [f"a mixture of experts cannot be enlarged: {reason}" for reason in refused]
     pads: dict[int, LayerPads] = {}
-    if any(hasattr(config, COUNTS_BY_LAYER) for config in configs_of(model)):
-        num_pads = {}
-    else:
-        top = max(counts.values(), default=0)
-        num_pads = {layer: top - count for layer, count in counts.items() if count < top}
+    takes_any = any(hasattr(config, COUNTS_BY_LAYER) for config in configs_of(model))
+    top = max(counts.values(), default=0)
+    num_pads = {layer: top - count for layer, count in counts.items() if count < top and not takes_any}
     if num_pads and pad_experts:
         for layer, num in num_pads.items():
             kind = probe(base_of(model.get_submodule(blocks[layer].router)), blocks[layer]).pads
@@ -180,10 +179,7 @@ def _count_in_block(model: nn.Module, block: MoeBlock, after: int) -> None:
     modules = [model.get_submodule(block.name)]
     for name in (block.router, block.experts):
         modules += model.get_submodule(name).modules()
-    for module in modules:
-        for count in COUNT_NAMES:
-            if module.__dict__.get(count) == block.num_experts:
-                setattr(module, count, after)
+    _recount(modules, block.num_experts, after)
 
 
 def _count_in_configs(model: nn.Module, before: dict[int, int], after: dict[int, int]) -> None:
@@ -196,11 +192,11 @@ def _count_in_configs(model: nn.Module, before: dict[int, int], after: dict[int,
     if by_layer:
         return
     (old,), (new,) = set(before.values()), set(after.values())
-    for config in configs_of(model):
+    _recount([*configs_of(model), *(module for module in model.modules() if hasattr(module, "config"))], old, new)
+
+
+def _recount(holders: Iterable[Any], old: int, new: int) -> None:
+    for holder in holders:
         for count in COUNT_NAMES:
-            if config.__dict__.get(count) == old:
-                setattr(config, count, new)
-    for module in model.modules():
-        for count in COUNT_NAMES if hasattr(module, "config") else ():
-            if module.__dict__.get(count) == old:
-                setattr(module, count, new)
+            if holder.__dict__.get(count) == old:
+                setattr(holder, count, new)

@@ -82,17 +82,15 @@ class LowRankExperts(nn.Module):
         for name, parameter in base.named_parameters(recurse=False):
             settings: dict[str, Any] = {"dtype": parameter.dtype, "device": parameter.device}
             if parameter.dim() != 3:
-                self._add(f"{name}_delta", torch.zeros(num_new, *parameter.shape[1:], **settings))
+                delta = torch.zeros(num_new, *parameter.shape[1:], **settings)
+                self.register_parameter(f"{name}_delta", nn.Parameter(delta))
                 continue
             _, rows, columns = parameter.shape
             A = torch.empty(num_new, r, columns, **settings)
             if not A.is_meta:
                 nn.init.uniform_(A, -1 / math.sqrt(columns), 1 / math.sqrt(columns))
-            self._add(f"{name}_A", A)
-            self._add(f"{name}_B", torch.zeros(num_new, rows, r, **settings))
-
-    def _add(self, name: str, values: torch.Tensor) -> None:
-        self.register_parameter(name, nn.Parameter(values))
+            self.register_parameter(f"{name}_A", nn.Parameter(A))
+            self.register_parameter(f"{name}_B", nn.Parameter(torch.zeros(num_new, rows, r, **settings)))
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The experts in full, by the names of the family's parameters."""

@@ -116,8 +116,7 @@ class ExtenderReport:
             num_new_experts (`int`): per layer. Paper: 1. Several copy the most used experts, one each.
             copy_source (`"original"` or `"tuned"`):
                 A new expert copies the one that was used most with the original routers (paper, eq. 8), or with the
-                tuned
-                ones (released code).
+                tuned ones (released code).
             config_fields: further fields of [`MoExtendConfig`], e.g. `task_type="CAUSAL_LM"`.
 
         Raises:
@@ -157,9 +156,8 @@ class ExtenderReport:
         if unknown := [layer for layer in layers if layer not in self.before]:
             raise ValueError(f"Layers {unknown} were not measured. Those that were: {list(self.before)}.")
         counts = self.before if copy_source == "original" else self.after
-        if num_new_experts == 1:
-            return {layer: _most_used(counts[layer], 1)[0] for layer in layers}
-        return {layer: _most_used(counts[layer], num_new_experts) for layer in layers}
+        found = {layer: _most_used(counts[layer], num_new_experts) for layer in layers}
+        return found if num_new_experts > 1 else {layer: most[0] for layer, most in found.items()}
 
     def _num_layers(self, p: float) -> int:
         if isinstance(p, bool) or not isinstance(p, int | float) or not 0 < p <= 1:

@@ -242,12 +242,7 @@ class MoExtendRouter(MoExtendLayer):
         if not torch.compiler.is_compiling():
             refuse_reentrant_checkpointing_under_ddp(self.recorder)
         return self.aux_loss.inject(
-            weights,
-            logits,
-            index,
-            adapter_name=adapter_name,
-            router_name=self.block.name,
-            shape=shape,
+            weights, logits, index, adapter_name=adapter_name, router_name=self.block.name, shape=shape
         )
 
 
