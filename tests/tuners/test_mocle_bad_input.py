@@ -31,7 +31,10 @@ FIELDS = {
     "instruction_pattern": (".*", "instruction_pattern '.*' has 0 groups"),
     "universal_expert": ("yes", "universal_expert must be True or False, but is 'yes'"),
     "lora_dropout": (1.0, r"lora_dropout must be in \[0, 1\), but is 1.0"),
-    "kernel_backend": ("grouped_m", "kernel_backend: There is no kernel backend 'grouped_m'. Did you mean 'grouped_mm'"),
+    "kernel_backend": (
+        "grouped_m",
+        "kernel_backend: There is no kernel backend 'grouped_m'. Did you mean 'grouped_mm'",
+    ),
     "target_modules": (7, "target_modules must be a list of names, but is 7"),
     "rank_pattern": ({"up_proj": 0}, r"rank_pattern\['up_proj'\] must be at least 1, but is 0"),
 }
