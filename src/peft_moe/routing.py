@@ -264,10 +264,11 @@ class ClusterRouter(LinearRouter):
 
     | expert | weight | with `squared_gate` (released code) |
     |---|---|---|
-    | the `top_k` best ones | `G_e` | `G_e²` |
+    | the `top_k` best ones | `G_e` | `G_e · G_max`; `G_e` without a universal expert |
     | the universal one | `1 - G_max` | `1 - G_max` |
 
-    The released code multiplies the expert's output by its gate twice. Neither normalises over the chosen experts.
+    The released code multiplies by the gate, and where there is a universal expert again by the largest gate. Neither
+    normalises over the chosen experts.
     Parameters and arithmetic are float32 (released code: a float16 softmax, in which `G_max` is often exactly 1 and
     the universal expert off).
 
@@ -328,11 +329,12 @@ class ClusterRouter(LinearRouter):
                 logits = logits + torch.randn_like(logits) * self.noise_std
             logits = logits / self.temperature
             gates, index = torch.topk(torch.softmax(logits, dim=-1), self.top_k, dim=-1)
-            weights = gates.square() if self.squared_gate else gates
             if not self.universal_expert:
-                return RouterOutput(logits, index, weights)
+                return RouterOutput(logits, index, gates)
+            largest = gates[:, :1]
+            weights = gates * largest if self.squared_gate else gates
             universal = torch.full_like(index[:, :1], self.num_experts)
-            weights = torch.cat([weights, 1 - gates[:, :1]], dim=-1)
+            weights = torch.cat([weights, 1 - largest], dim=-1)
             return RouterOutput(logits, torch.cat([index, universal], dim=-1), weights, balance_index=index)
 
     def universal_only(self, num_examples: int, device: torch.device) -> RouterOutput:

@@ -28,6 +28,8 @@ IDS = torch.tensor([4, 1])
 FORMS = {
     "paper": {},
     "squared": {"squared_gate": True},
+    "squared-top-2": {"squared_gate": True, "top_k": 2},
+    "squared-no-universal": {"squared_gate": True, "universal_expert": False},
     "top-2": {"top_k": 2},
     "no-universal": {"universal_expert": False},
     "top-2-no-universal": {"top_k": 2, "universal_expert": False},
@@ -76,7 +78,9 @@ def oracle(model, layer: MoCLELayer, x: torch.Tensor, form: dict) -> torch.Tenso
         best = sorted(range(len(gates)), key=lambda e: -float(gates[e]))[: form.get("top_k", 1)]
         y = example @ layer.base_layer.weight.double().T
         for expert in best:
-            weight = gates[expert] ** 2 if form.get("squared_gate") else gates[expert]
+            # the released code: its dispatcher weighs by the gate, its layer again where it adds the universal expert
+            is_squared = form.get("squared_gate") and form.get("universal_expert", True)
+            weight = gates[expert] * gates.max() if is_squared else gates[expert]
             y = y + weight * delta(layer, expert, example, scaling)
         if form.get("universal_expert", True):
             y = y + (1 - gates.max()) * delta(layer, len(gates), example, scaling)

@@ -55,7 +55,8 @@ class MoCLEConfig(LoraExpertsConfig):
         gate_dtype (`"float32"`):
             Gates compute in float32; nothing else is accepted. Released code: float16.
         squared_gate (`bool`):
-            Weight the expert by G² instead of G. The released code multiplies twice.
+            Where there is a universal expert, weight expert e by G_e · G_max instead of G_e, which is G² for top-1.
+            The released code multiplies twice.
         cluster_embedding_scope (`"model"`, `"layer"` or `"module"`):
             One table of cluster embeddings for the whole model (default, paper), or one per gate (released code: per
             linear).
@@ -117,7 +118,7 @@ class MoCLEConfig(LoraExpertsConfig):
         default=None, metadata={"help": "Noise on the gate's logits in training. Default: 1 / num_experts."}
     )
     gate_dtype: Float32 = field(default="float32", metadata={"help": "Gates compute in float32."})
-    squared_gate: bool = field(default=False, metadata={"help": "Weight experts by the square of their gate."})
+    squared_gate: bool = field(default=False, metadata={"help": "Multiply by the largest gate again."})
     cluster_embedding_scope: Literal["model", "layer", "module"] = field(
         default="model", metadata={"help": "One table of cluster embeddings for the model, or one per gate."}
     )
