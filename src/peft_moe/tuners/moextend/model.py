@@ -348,7 +348,8 @@ class _KeepNativeLossOut:
             raise ValueError(
                 f"{type(module).__name__} was asked for router logits ({FLAG}=True, in the call or in its "
                 "configuration), for a load-balancing loss of its own that counts the experts of the base model only. "
-                "Set it to False: the loss of MoExtendConfig acts without it, and get_aux_loss(model) gives its "
+                "Set it to False; trl's trainers, which ask by themselves, need router_aux_loss_coef=0.0 in their "
+                "configuration. The loss of MoExtendConfig acts without it, and get_aux_loss(model) gives its "
                 f"value. The logits alone are returned by the backbone without the head, called with {FLAG}=True."
             )
         return args, {**kwargs, FLAG: False}
