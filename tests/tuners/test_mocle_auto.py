@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from functools import partial
 
 import pytest
 import safetensors.torch
@@ -11,6 +12,7 @@ import torch
 import transformers
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from test_mocle_formula import layers_of
+from tiny_encoder import TOPICS, WIDTH, WORDS
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, pipeline
 
 from peft_moe import InstructionClusterer, MoCLEConfig, attach_encoder
@@ -18,7 +20,8 @@ from peft_moe.tuners.mocle.encoder import SentenceEncoder
 from tiny_models import tiny_llama
 
 
-TEXTS = ["a b c d", "n o p q", "w1 w2 w3 w4"]
+# each of them is a cluster of its own
+TEXTS = [" ".join(words) for words in TOPICS.values()]
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + ' ' + message['content'] + ' <|im_end|> ' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant ' }}{% endif %}"
@@ -31,7 +34,7 @@ def word_tokenizer() -> transformers.PreTrainedTokenizerFast:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     special = ["<pad>", "<eos>", "<unk>", "<|im_start|>", "<|im_end|>", "<image>"]
-    words = [*special, "user", "assistant", *"abcdefghijklmnopqrstuvwxyz", *(f"w{i}" for i in range(30))]
+    words = [*special, "user", "assistant", *WORDS, *(f"w{i}" for i in range(30))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
     fast = transformers.PreTrainedTokenizerFast(
@@ -44,25 +47,6 @@ def word_tokenizer() -> transformers.PreTrainedTokenizerFast:
     )
     fast.chat_template = CHATML
     return fast
-
-
-@pytest.fixture(scope="module")
-def encoder_folder(tmp_path_factory) -> str:
-    """A sentence encoder with random weights; texts of other words get other vectors."""
-    folder = tmp_path_factory.mktemp("encoder")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    transformers.BertModel(transformers.BertConfig(vocab_size=64, **sizes)).save_pretrained(folder)
-    word_tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def clusterer(encoder_folder) -> InstructionClusterer:
-    """Each of the three texts is a cluster of its own."""
-    found = InstructionClusterer.fit(TEXTS, num_clusters=3, encoder=encoder_folder, show_progress=False)
-    assert sorted(found.predict(TEXTS).tolist()) == [0, 1, 2]
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -91,17 +75,12 @@ def adapter_folder(tmp_path_factory, base_folder, clusterer) -> str:
 
 @pytest.fixture
 def model(base_folder, adapter_folder) -> PeftModel:
-    base = AutoModelForCausalLM.from_pretrained(base_folder)
-    return PeftModel.from_pretrained(base, adapter_folder, is_trainable=True).eval()
+    return load_by_peft(base_folder, adapter_folder, is_trainable=True).eval()
 
 
 def tokens_of(texts: list[str]) -> dict[str, torch.Tensor]:
     batch = word_tokenizer()(texts, padding=True, return_tensors="pt")
     return {name: batch[name] for name in ("input_ids", "attention_mask")}
-
-
-def ids_of(clusterer, texts: list[str]) -> torch.Tensor:
-    return clusterer.predict(texts)
 
 
 def spy(model, adapter_name: str = "default") -> list[list[int] | None]:
@@ -116,12 +95,8 @@ def spy(model, adapter_name: str = "default") -> list[list[int] | None]:
     return seen
 
 
-def load_by_peft(base_folder, adapter_folder):
-    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), adapter_folder)
-
-
-def load_by_auto_class(base_folder, adapter_folder):
-    return AutoPeftModelForCausalLM.from_pretrained(adapter_folder)
+def load_by_peft(base_folder, adapter_folder, **settings):
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), adapter_folder, **settings)
 
 
 def load_by_transformers(base_folder, adapter_folder):
@@ -130,19 +105,19 @@ def load_by_transformers(base_folder, adapter_folder):
     return model
 
 
-def load_with_little_memory(base_folder, adapter_folder):
-    base = AutoModelForCausalLM.from_pretrained(base_folder)
-    return PeftModel.from_pretrained(base, adapter_folder, low_cpu_mem_usage=True)
-
-
-LOADERS = [load_by_peft, load_by_auto_class, load_by_transformers, load_with_little_memory]
+LOADERS = {
+    "peft": load_by_peft,
+    "auto class": lambda _, adapter_folder: AutoPeftModelForCausalLM.from_pretrained(adapter_folder),
+    "transformers": load_by_transformers,
+    "little memory": partial(load_by_peft, low_cpu_mem_usage=True),
+}
 
 
 class TestWithoutIds:
-    @pytest.mark.parametrize("load", LOADERS, ids=lambda load: load.__name__)
+    @pytest.mark.parametrize("load", LOADERS.values(), ids=LOADERS)
     def test_prompts_go_where_the_clusterer_sends_them(self, load, base_folder, adapter_folder, clusterer):
         model = load(base_folder, adapter_folder).eval()
-        batch, ids = tokens_of(TEXTS), ids_of(clusterer, TEXTS)
+        batch, ids = tokens_of(TEXTS), clusterer.predict(TEXTS)
         expected = model(**batch, cluster_ids=ids).logits
         with pytest.raises(ValueError, match="got no cluster_ids.*attach_encoder"):
             model(**batch)
@@ -159,7 +134,7 @@ class TestWithoutIds:
         attach_encoder(model)
         seen = spy(model)
         found = model.generate(**tokens_of(TEXTS), **GREEDY, **settings)
-        ids = ids_of(clusterer, TEXTS)
+        ids = clusterer.predict(TEXTS)
         assert seen == [ids.tolist()] * 5
         assert torch.equal(found, model.generate(**tokens_of(TEXTS), cluster_ids=ids, **GREEDY, **settings))
 
@@ -170,7 +145,7 @@ class TestWithoutIds:
             output = model(**tokens_of(TEXTS), use_cache=True)
             new = output.logits[:, -1:].argmax(dim=-1)
             model(input_ids=new, past_key_values=output.past_key_values)
-        assert seen == [ids_of(clusterer, TEXTS).tolist()] * 2
+        assert seen == [clusterer.predict(TEXTS).tolist()] * 2
 
     @pytest.mark.parametrize("fallback", ["error", "universal"])
     def test_a_fresh_cache_is_no_continuation(self, base_folder, clusterer, fallback):
@@ -181,19 +156,24 @@ class TestWithoutIds:
         attach_encoder(model)
         seen = spy(model)
         model(**tokens_of(TEXTS), past_key_values=DynamicCache(config=base.config))
-        assert seen == [ids_of(clusterer, TEXTS).tolist()]
+        assert seen == [clusterer.predict(TEXTS).tolist()]
 
-    def test_autocast_of_the_model_is_not_that_of_the_encoder(self, model, encoder_folder, monkeypatch):
-        encoder = SentenceEncoder(encoder_folder)
-        attach_encoder(model, encoder)
-        states = []
+    def test_texts_are_encoded_once_and_outside_of_the_autocast_of_the_model(self, model, tiny_folder, monkeypatch):
+        encoder, encoded = SentenceEncoder(tiny_folder), []
         original = encoder.encode
-        monkeypatch.setattr(
-            encoder, "encode", lambda texts: states.append(torch.is_autocast_enabled("cpu")) or original(texts)
-        )
-        with torch.autocast("cpu", torch.bfloat16):
-            model(**tokens_of(TEXTS))
-        assert states == [False]
+
+        def encode(texts):
+            encoded.append((sorted(texts), torch.is_autocast_enabled("cpu")))
+            return original(texts)
+
+        monkeypatch.setattr(encoder, "encode", encode)
+        attach_encoder(model, encoder, tokenizer=word_tokenizer())
+        # the check of the width is no text
+        encoded.clear()
+        for _ in range(3):
+            with torch.autocast("cpu", torch.bfloat16):
+                model(**tokens_of(TEXTS))
+        assert encoded == [(sorted(TEXTS), False)]
 
     def test_given_ids_win(self, model):
         attach_encoder(model)
@@ -209,14 +189,14 @@ class TestWithoutIds:
         for text in TEXTS:
             pipe(text, **settings)
             pipe([{"role": "user", "content": text}], **settings)
-        expected = [[i] for i in ids_of(clusterer, TEXTS).tolist() for _ in range(4)]
+        expected = [[i] for i in clusterer.predict(TEXTS).tolist() for _ in range(4)]
         assert seen == expected
 
     def test_an_answer_takes_no_part_in_training(self, model, clusterer, tmp_path):
         attach_encoder(model)
         rows = []
         for text in TEXTS:
-            ids = word_tokenizer()(f"{text} w7 w8 w9 z z z")["input_ids"]
+            ids = word_tokenizer()(f"{text} w7 w8 w9 w0 w0 w0")["input_ids"]
             rows.append({"input_ids": ids, "labels": [-100] * 4 + ids[4:]})
         seen = spy(model.train())
         args = TrainingArguments(
@@ -224,7 +204,7 @@ class TestWithoutIds:
             train_sampling_strategy="sequential",
         )  # fmt: skip
         Trainer(model, args, train_dataset=rows).train()
-        assert seen == [ids_of(clusterer, TEXTS).tolist()]
+        assert seen == [clusterer.predict(TEXTS).tolist()]
 
     def test_packed_examples_are_found_one_by_one(self, model, clusterer):
         attach_encoder(model)
@@ -233,7 +213,7 @@ class TestWithoutIds:
         packed = torch.nn.functional.pad(torch.cat(rows, dim=1), (0, 2))
         positions = torch.tensor([[0, 1, 2, 3] * 3 + [0, 0]])
         model(input_ids=packed, position_ids=positions)
-        assert seen == [ids_of(clusterer, TEXTS).tolist()]
+        assert seen == [clusterer.predict(TEXTS).tolist()]
 
     def test_gradient_checkpointing_asks_once(self, model, clusterer):
         attach_encoder(model)
@@ -241,19 +221,7 @@ class TestWithoutIds:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
         model(**tokens_of(TEXTS), labels=tokens_of(TEXTS)["input_ids"]).loss.backward()
-        assert seen == [ids_of(clusterer, TEXTS).tolist()] * 2
-
-    def test_texts_are_encoded_once(self, model, encoder_folder, monkeypatch):
-        encoder = SentenceEncoder(encoder_folder)
-        attach_encoder(model, encoder, tokenizer=word_tokenizer())
-        encoded = []
-        original = encoder.encode
-        monkeypatch.setattr(
-            encoder, "encode", lambda texts, **kwargs: encoded.append(texts) or original(texts, **kwargs)
-        )
-        for _ in range(3):
-            model(**tokens_of(TEXTS))
-        assert [sorted(texts) for texts in encoded] == [sorted(TEXTS)]
+        assert seen == [clusterer.predict(TEXTS).tolist()] * 2
 
     def test_inference_mode_leaves_nothing_that_training_cannot_use(self, model):
         attach_encoder(model)
@@ -286,21 +254,21 @@ class TestWithoutIds:
         model.set_adapter("ref")
         seen = spy(model, "ref")
         model(**tokens_of(TEXTS))
-        assert seen == [ids_of(clusterer, TEXTS).tolist()]
+        assert seen == [clusterer.predict(TEXTS).tolist()]
 
     @pytest.mark.parametrize(
         "difference",
-        [{}, {"centroids": torch.eye(3, 16)}, {"template": "about {}"}, {"instruction_pattern": "(.*)"}],
+        [{}, {"centroids": torch.eye(3, WIDTH)}, {"template": "about {}"}, {"instruction_pattern": "(.*)"}],
         ids=["none", "centroids", "template", "pattern"],
     )
-    def test_one_of_another_clustering_does_not(self, model, clusterer, encoder_folder, difference):
-        other = InstructionClusterer(**{"centroids": clusterer.centroids, "encoder": encoder_folder, **difference})
+    def test_one_of_another_clustering_does_not(self, model, clusterer, tiny_folder, difference):
+        other = InstructionClusterer(**{"centroids": clusterer.centroids, "encoder": tiny_folder, **difference})
         attach_encoder(model)
         model.add_adapter("other", config_of(other, fallback="universal"))
         model.set_adapter("other")
         seen = spy(model, "other")
         model(**tokens_of(TEXTS))
-        assert seen == [None if difference else ids_of(clusterer, TEXTS).tolist()]
+        assert seen == [None if difference else clusterer.predict(TEXTS).tolist()]
 
 
 class TestRefusals:
@@ -317,12 +285,11 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"no MoCLE adapter 'other' \(it has \['default'\]\)"):
             attach_encoder(model, adapter_name="other")
 
-    def test_an_encoder_of_another_width(self, model, tmp_path):
-        sizes = {"hidden_size": 8, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-        transformers.BertModel(transformers.BertConfig(vocab_size=64, **sizes)).save_pretrained(tmp_path)
-        word_tokenizer().save_pretrained(tmp_path)
-        with pytest.raises(ValueError, match="vectors of width 8, but the centroids .* are 16 wide"):
-            attach_encoder(model, str(tmp_path))
+    def test_an_encoder_of_another_width(self, model):
+        encoder = SentenceEncoder("narrow")
+        encoder.embedding_dim = 8
+        with pytest.raises(ValueError, match="vectors of width 8, but the centroids .* are 32 wide"):
+            attach_encoder(model, encoder)
 
     def test_a_tokenizer_that_cannot_be_found(self, clusterer):
         model = get_peft_model(tiny_llama(), config_of(clusterer))
@@ -370,7 +337,7 @@ class TestImages:
         from models.tiny_llava import tiny_processor
 
         processor = tiny_processor()
-        processor.tokenizer.add_tokens([":", "USER", "ASSISTANT"])
+        processor.tokenizer.add_tokens([":", "USER", "ASSISTANT", *WORDS])
         processor.chat_template = processor.tokenizer.chat_template = IMAGE_TEMPLATE
         return processor
 
@@ -378,7 +345,7 @@ class TestImages:
     def model(self, clusterer):
         from models.tiny_llava import tiny_llava
 
-        base = tiny_llava(vocab_size=80, max_position_embeddings=256)
+        base = tiny_llava(vocab_size=96, max_position_embeddings=256)
         torch.manual_seed(7)
         return get_peft_model(base, config_of(clusterer, task_type=None)).eval()
 
@@ -391,7 +358,7 @@ class TestImages:
         seen = spy(model)
         pipe = pipeline("image-text-to-text", model=model, processor=processor)
         generator = np.random.default_rng(0)
-        for text, cluster in zip(TEXTS, ids_of(clusterer, TEXTS).tolist()):
+        for text, cluster in zip(TEXTS, clusterer.predict(TEXTS).tolist()):
             for _ in range(2):
                 image = Image.fromarray(generator.integers(0, 255, (16, 16, 3), dtype=np.uint8))
                 content = [{"type": "image", "image": image}, {"type": "text", "text": text}]

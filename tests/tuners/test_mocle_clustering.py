@@ -22,6 +22,9 @@ from peft_moe.tuners.mocle.encoder import SentenceEncoder
 from pretrained import minilm_path
 
 
+CHATS = [[{"role": "user", "content": f"<image>\n{text}"}, {"role": "assistant", "content": "cat"}] for text in TEXTS]
+
+
 @pytest.fixture
 def never_encodes(monkeypatch):
     """Any use of an encoder fails: what is wrong has to be said before."""
@@ -52,13 +55,17 @@ class TestNearestCentroid:
     def test_no_rows_give_no_ids(self):
         assert nearest_centroid(torch.empty(0, 4), torch.ones(2, 4)).shape == (0,)
 
-    def test_widths_have_to_agree(self):
-        with pytest.raises(ValueError, match=r"\(3, 4\) do not fit centroids of shape \(2, 5\)"):
-            nearest_centroid(torch.ones(3, 4), torch.ones(2, 5))
-
-    def test_values_have_to_be_finite(self):
-        with pytest.raises(ValueError, match="embeddings hold values that are not finite"):
-            nearest_centroid(torch.tensor([[float("nan")]]), torch.ones(2, 1))
+    @pytest.mark.parametrize(
+        ("embeddings", "message"),
+        [
+            (torch.ones(3, 4), r"\(3, 4\) do not fit centroids of shape \(2, 1\)"),
+            (torch.tensor([[float("nan")]]), "embeddings hold values that are not finite"),
+        ],
+        ids=["width", "nan"],
+    )
+    def test_values_without_a_nearest_one_are_refused(self, embeddings, message):
+        with pytest.raises(ValueError, match=message):
+            nearest_centroid(embeddings, torch.ones(2, 1))
 
 
 class TestFit:
@@ -71,8 +78,6 @@ class TestFit:
         np.testing.assert_allclose(clusterer.centroids.numpy(), expected.cluster_centers_, atol=1e-6)
         assert (clusterer.centroids.dtype, clusterer.cluster_sizes.dtype) == (torch.float32, torch.int64)
         assert (clusterer.num_clusters, clusterer.embedding_dim) == (3, WIDTH)
-
-    def test_sizes_are_those_of_the_texts(self, clusterer):
         assert clusterer.cluster_sizes.tolist() == [32, 32, 32]
 
     def test_the_same_seed_gives_the_same_clusters(self, clusterer, encoder):
@@ -96,26 +101,20 @@ class TestFit:
         clusterer = InstructionClusterer.fit(TEXTS, 3, encoder=encoder, show_progress=False)
         assert sorted(clusterer.cluster_sizes.tolist()) == [32, 32, 32]
 
-    def test_a_column_of_a_data_set_is_a_list(self, clusterer, encoder):
-        column = Dataset.from_dict({"prompt": TEXTS})["prompt"]
-        again = InstructionClusterer.fit(column, 3, encoder=encoder, show_progress=False)
+    @pytest.mark.parametrize(
+        ("texts", "pattern"),
+        [
+            (Dataset.from_dict({"prompt": TEXTS})["prompt"], None),
+            (CHATS, None),
+            (Dataset.from_dict({"messages": CHATS})["messages"], None),
+            ([f"A chat. USER: {text} ASSISTANT: cat" for text in TEXTS], "USER: (.*?) ASSISTANT:"),
+        ],
+        ids=["column", "chats", "column of chats", "pattern"],
+    )
+    def test_the_instruction_of_each_text_counts_wherever_it_stands(self, clusterer, encoder, texts, pattern):
+        again = InstructionClusterer.fit(texts, 3, encoder=encoder, instruction_pattern=pattern, show_progress=False)
         assert torch.equal(again.centroids, clusterer.centroids)
-
-    def test_chats_are_clustered_by_their_first_user_turn(self, clusterer, encoder):
-        chats = [
-            [{"role": "user", "content": f"<image>\n{text}"}, {"role": "assistant", "content": "cat"}]
-            for text in TEXTS
-        ]
-        again = InstructionClusterer.fit(chats, 3, encoder=encoder, show_progress=False)
-        assert torch.equal(again.centroids, clusterer.centroids)
-        stored = Dataset.from_dict({"messages": chats})["messages"]
-        assert torch.equal(clusterer.predict(stored), clusterer.predict(TEXTS))
-
-    def test_prompts_are_clustered_by_what_the_pattern_finds(self, clusterer, encoder):
-        prompts = [f"A chat. USER: {text} ASSISTANT: cat" for text in TEXTS]
-        pattern = "USER: (.*?) ASSISTANT:"
-        again = InstructionClusterer.fit(prompts, 3, encoder=encoder, instruction_pattern=pattern, show_progress=False)
-        assert torch.equal(again.centroids, clusterer.centroids)
+        assert torch.equal(again.predict(texts), clusterer.predict(TEXTS))
 
     def test_the_template_is_what_is_encoded(self, clusterer, encoder):
         settings = {"encoder": encoder, "show_progress": False}
@@ -229,8 +228,6 @@ class TestReport:
             f" {name} " for name in ("cluster", "texts", "share", *sorted(TOPICS))
         ] + [f" {'typical'.ljust(len(lines[4].split('|')[-2]) - 2)} "]
         assert len({len(line) for line in lines[4:]}) == 1
-
-    def test_it_goes_through_json(self, report):
         assert json.loads(json.dumps(report.to_dict()))["sizes"] == [32, 32, 32]
 
     def test_without_domains_there_is_no_comparison(self, clusterer):
@@ -278,6 +275,9 @@ class TestChoosingTheNumber:
             choose_num_clusters(["red", "cat", "two"], candidates, encoder="unused/encoder")
 
 
+FILES = ["README.md", "clusterer.safetensors", "clusterer_config.json"]
+
+
 class TestSaving:
     @pytest.fixture
     def folder(self, clusterer, tmp_path) -> Path:
@@ -293,14 +293,12 @@ class TestSaving:
         assert torch.equal(loaded.predict(TEXTS), clusterer.predict(TEXTS))
 
     def test_the_files_hold_no_text_and_no_pickle(self, folder):
-        assert sorted(path.name for path in folder.iterdir()) == [
-            "README.md",
-            "clusterer.safetensors",
-            "clusterer_config.json",
-        ]
+        assert sorted(path.name for path in folder.iterdir()) == FILES
         assert sorted(load_file(folder / "clusterer.safetensors")) == ["centroids", "cluster_sizes"]
         written = "".join(path.read_text() for path in folder.iterdir() if path.suffix != ".safetensors")
         assert "red green" not in written
+        card = (folder / "README.md").read_text()
+        assert card.startswith("---\n") and "library_name: peft_moe" in card and "- mocle" in card
 
     def test_template_and_pattern_are_kept(self, encoder, tmp_path):
         settings = {"template": "Question: {} Short answer:", "instruction_pattern": "USER: (.*)"}
@@ -317,23 +315,14 @@ class TestSaving:
             "mine"
         ] * 3
 
-    def test_the_encoder_is_not_needed_for_loading(self, clusterer, folder):
+    def test_the_encoder_is_not_needed_for_loading_and_may_be_found_elsewhere(self, encoder, folder, clusterer):
         path = folder / "clusterer_config.json"
         path.write_text(path.read_text().replace(clusterer.encoder_name, "gone/encoder"))
         loaded = InstructionClusterer.from_pretrained(folder)
-        assert loaded.encoder_name == "gone/encoder"
         assert loaded.predict_embeddings(clusterer.centroids).tolist() == [0, 1, 2]
-
-    def test_the_encoder_may_be_found_elsewhere(self, encoder, folder, clusterer):
-        path = folder / "clusterer_config.json"
-        path.write_text(path.read_text().replace(clusterer.encoder_name, "gone/encoder"))
         loaded = InstructionClusterer.from_pretrained(folder, encoder=encoder)
         assert torch.equal(loaded.predict(TEXTS), clusterer.predict(TEXTS))
         assert loaded.encoder_name == "gone/encoder"
-
-    def test_the_card_names_the_library(self, folder):
-        card = (folder / "README.md").read_text()
-        assert card.startswith("---\n") and "library_name: peft_moe" in card and "- mocle" in card
 
     def test_pushing_uploads_these_files(self, clusterer, monkeypatch):
         uploaded = []
@@ -345,7 +334,7 @@ class TestSaving:
             lambda self, folder_path, **kw: uploaded.extend(sorted(path.name for path in Path(folder_path).iterdir())),
         )
         clusterer.push_to_hub("name/clusters")
-        assert uploaded == ["README.md", "clusterer.safetensors", "clusterer_config.json"]
+        assert uploaded == FILES
 
     @pytest.mark.parametrize("file", ["clusterer.safetensors", "clusterer_config.json"])
     def test_a_missing_file_is_named(self, folder, file):
@@ -387,26 +376,15 @@ class TestSaving:
 
 
 @pytest.mark.slow
-class TestTheRealEncoder:
-    """all-MiniLM-L6-v2 on real instructions of four domains."""
-
-    def test_four_clusters_separate_the_domains(self, real_sample):
-        texts, domains, encoder = real_sample
-        clusterer = InstructionClusterer.fit(texts, 4, encoder=encoder, show_progress=False)
-        report = clusterer.report(
-            Dataset.from_dict({"text": texts, "domain": domains}), "text", domain_column="domain"
-        )
-        # measured: 0.870 and 0.950, and within 0.02 of that with other seeds
-        assert report.adjusted_rand_index > 0.75
-        assert report.purity > 0.88
-
-
-@pytest.fixture(scope="module")
-def real_sample():
-    """60 instructions of each domain, their domains, and the encoder."""
+def test_four_clusters_of_the_real_encoder_separate_four_domains():
     texts, domains = [], []
     for domain in DOMAINS:
         rows = [json.loads(line)["instruction"] for line in (DATA / f"{domain}.jsonl").read_text().splitlines()]
         texts += rows[:60]
         domains += [domain] * 60
-    return texts, domains, SentenceEncoder(minilm_path(), device="cpu")
+    encoder = SentenceEncoder(minilm_path(), device="cpu")
+    clusterer = InstructionClusterer.fit(texts, 4, encoder=encoder, show_progress=False)
+    report = clusterer.report(Dataset.from_dict({"text": texts, "domain": domains}), "text", domain_column="domain")
+    # measured: 0.870 and 0.950, and within 0.02 of that with other seeds
+    assert report.adjusted_rand_index > 0.75
+    assert report.purity > 0.88

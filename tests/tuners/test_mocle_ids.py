@@ -4,20 +4,42 @@ from __future__ import annotations
 
 import copy
 import inspect
-import io
 
 import pytest
 import torch
-from mocle_calls import GREEDY, architecture, prompt, wrap
+from peft import PeftModel
 from test_mocle_formula import IDS, SETTINGS, build, layers_of
 from torch import nn
+from transformers import (
+    DataCollatorWithPadding,
+    DynamicCache,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainingArguments,
+)
 
-from peft_moe import MoCLEConfig, record_expert_load
-from tiny_architectures import image_and_text
-from tiny_models import tiny_llama, token_batch
+from peft_moe import ClusterIdsCollator, MoCLEConfig, record_expert_load
+from tiny_architectures import ARCHITECTURES, blip2_config, image_and_text
+from tiny_models import tiny_llama, tiny_tokenizer, token_batch
 
 
 OTHER_IDS = torch.tensor([2, 5])
+OF_PROMPTS = torch.tensor([0, 3, 5])
+GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+
+
+def prompt(batch_size: int = 3) -> torch.Tensor:
+    return token_batch(batch_size, num_padding=0)["input_ids"]
+
+
+def architecture(name: str):
+    (found,) = [entry for entry in ARCHITECTURES if entry.name == name]
+    return found
+
+
+def wrap(model: nn.Module, **settings) -> PeftModel:
+    return build(model, **{"task_type": None, **settings})
 
 
 class TestForward:
@@ -52,21 +74,13 @@ class TestForward:
         with pytest.raises(ValueError, match="cluster_ids"):
             base.generate(prompt(), cluster_ids=torch.tensor([0, 1, 2]), **GREEDY)
 
-    @pytest.mark.parametrize("way", ["deepcopy", "torch.save"])
-    def test_copies_call_themselves(self, way):
+    def test_a_copy_calls_itself_in_generation_too(self):
         model = build()
-        expected = model(**token_batch(), cluster_ids=IDS).logits
-        if way == "deepcopy":
-            clone = copy.deepcopy(model)
-        else:
-            file = io.BytesIO()
-            torch.save(model, file)
-            clone = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+        expected = model.generate(prompt(), cluster_ids=OF_PROMPTS, **GREEDY)
+        clone = copy.deepcopy(model)
         for layer in layers_of(model).values():
             layer.mocle_B["default"].weight.data.zero_()
-        assert torch.equal(clone(**token_batch(), cluster_ids=IDS).logits, expected)
-        if way == "deepcopy":  # pickle keeps no method of an instance: a loaded model generates without the argument
-            assert clone.generate(prompt(), cluster_ids=torch.tensor([0, 1, 2]), **GREEDY).shape == (3, 18)
+        assert torch.equal(clone.generate(prompt(), cluster_ids=OF_PROMPTS, **GREEDY), expected)
 
     def test_an_image_changes_no_routing(self):
         model = wrap(architecture("llava").build())
@@ -75,9 +89,7 @@ class TestForward:
         routes = []
         for seed in (0, 1):
             batch = image_and_text()
-            batch["pixel_values"] = torch.randn(
-                batch["pixel_values"].shape, generator=torch.Generator().manual_seed(seed)
-            )
+            batch["pixel_values"] = torch.randn_like(batch["pixel_values"]) + seed
             ids = torch.arange(batch["input_ids"].shape[0])
             with record_expert_load(model) as load:
                 output = model(**batch, cluster_ids=ids)
@@ -159,17 +171,13 @@ class TestPacked:
         with pytest.raises(ValueError, match="cluster_ids has 3 entries"):
             build()(batch["input_ids"], mask, position_ids=positions, cluster_ids=torch.tensor([0, 1, 2]))
 
-    def test_packed_rows_are_understood_without_the_hooks_too(self):
+    def test_packed_rows_are_understood_without_the_hooks_too_and_other_numbers_of_ids_refused(self):
         model = build()
-        positions = torch.tensor([[0, 1, 2, 0, 1, 2]])
-        inputs = {"input_ids": prompt(1)[:, :6], "position_ids": positions, "cluster_ids": torch.tensor([4, 1])}
-        expected = model(**inputs).logits
-        assert torch.equal(model.get_base_model().forward(**inputs).logits, expected)
-
-    def test_a_number_of_ids_that_no_packing_explains_is_refused(self):
-        positions = torch.tensor([[0, 1, 2, 0, 1, 2]])
+        inputs = {"input_ids": prompt(1)[:, :6], "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}
+        expected = model(**inputs, cluster_ids=OTHER_IDS).logits
+        assert torch.equal(model.get_base_model().forward(**inputs, cluster_ids=OTHER_IDS).logits, expected)
         with pytest.raises(ValueError, match="cluster_ids has 3 entries.*packed"):
-            build()(input_ids=prompt(1)[:, :6], position_ids=positions, cluster_ids=torch.tensor([0, 1, 2]))
+            model(**inputs, cluster_ids=OF_PROMPTS)
 
 
 class TestWhatComesBefore:
@@ -204,18 +212,22 @@ class TestWhatComesBefore:
             found = model(**token_batch(), cluster_ids=ids).logits
             assert torch.equal(found, model(**token_batch(), cluster_ids=OTHER_IDS).logits)
 
-    def test_weights_that_an_optimizer_changes_unseen_count(self):
-        model = build().eval()
+    @pytest.mark.parametrize("is_seen", [True, False], ids=["in place", "unseen"])
+    def test_weights_that_change_between_two_calls_count(self, is_seen):
+        model = build()
         with torch.no_grad():
             before = model(**token_batch(), cluster_ids=IDS).logits
             for layer in layers_of(model).values():
                 for gate in layer.mocle_gate.values():
-                    gate.weight.data = -gate.weight.data
-            assert not torch.equal(model(**token_batch(), cluster_ids=IDS).logits, before)
+                    if is_seen:
+                        gate.weight.mul_(-1)
+                    else:
+                        gate.weight.data = -gate.weight.data
+            after = model(**token_batch(), cluster_ids=IDS).logits
+            assert not torch.equal(after, before)
+            assert torch.equal(model(**token_batch(), cluster_ids=IDS).logits, after)
 
     def test_a_cache_that_was_emptied_knows_no_clusters(self):
-        from transformers import DynamicCache
-
         model = build(target_modules=["q_proj", "v_proj"])
         cache = DynamicCache(config=model.config)
         with torch.no_grad():
@@ -263,8 +275,6 @@ class TestWhatComesBefore:
     def test_training_with_a_cache_leaves_it_to_the_garbage_collector(self):
         import gc
         import weakref
-
-        from transformers import DynamicCache
 
         model, alive = build().train(), []
         for _ in range(3):
@@ -344,3 +354,182 @@ def test_bad_ids_are_refused_before_anything_is_computed(ids, message, is_traini
     with pytest.raises(ValueError, match=message):
         model(**token_batch(), cluster_ids=ids)
     assert torch.isfinite(model(**token_batch(), cluster_ids=IDS).loss)
+
+
+class TestGenerate:
+    def test_each_sample_generates_as_if_it_were_alone(self):
+        model, ids = build(), OF_PROMPTS
+        together = model.generate(prompt(), cluster_ids=ids, **GREEDY)
+        for row in range(3):
+            alone = model.generate(prompt()[row : row + 1], cluster_ids=ids[row : row + 1], **GREEDY)
+            assert torch.equal(together[row : row + 1], alone)
+
+    @pytest.mark.parametrize("use_cache", [True, False])
+    def test_beams_stay_aligned(self, use_cache):
+        model, ids = build(), OF_PROMPTS
+        settings = {**GREEDY, "num_beams": 3, "num_return_sequences": 2, "use_cache": use_cache}
+        together = model.generate(prompt(), cluster_ids=ids, **settings)
+        for row in range(3):
+            alone = model.generate(prompt()[row : row + 1], cluster_ids=ids[row : row + 1], **settings)
+            assert torch.equal(together[2 * row : 2 * row + 2], alone)
+
+    def test_several_answers_to_one_prompt_share_its_cluster(self):
+        model, ids = build(), torch.tensor([0, 3])
+        settings = {**GREEDY, "do_sample": True, "num_return_sequences": 3}
+        seen = []
+        layer = next(iter(layers_of(model).values()))
+        layer.register_forward_pre_hook(
+            lambda module, args: seen.append(module.dispatch("default", args[0], args[0])[1].plan.example_index)
+        )
+        model.generate(prompt(2), cluster_ids=ids, **settings)
+        with layer.recorder.context.surround({"cluster_ids": ids}):
+            expected = layer.dispatch("default", torch.zeros(2, 1, 1), torch.zeros(0))[1].plan.example_index
+        assert len(seen) == 6
+        assert all(torch.equal(index, expected.repeat_interleave(3, dim=0)) for index in seen)
+
+    def test_ids_differ_from_no_ids_and_misspelt_arguments_are_refused(self):
+        model = build(fallback="universal")
+        ids = OF_PROMPTS
+        assert not torch.equal(model.generate(prompt(), cluster_ids=ids, **GREEDY), model.generate(prompt(), **GREEDY))
+        with pytest.raises(ValueError, match="cluster_idz"):
+            model.generate(prompt(), cluster_idz=ids, **GREEDY)
+
+    @pytest.mark.parametrize("ids", [[1], [1, 2], [1, 2, 3]], ids=len)
+    def test_a_number_of_ids_that_is_not_that_of_the_prompts_is_refused(self, ids):
+        with pytest.raises(ValueError, match=f"cluster_ids has {len(ids)} entries, but generate got 4 prompts"):
+            build().generate(prompt(4), cluster_ids=torch.tensor(ids), **GREEDY)
+
+    def test_a_hand_written_loop_needs_the_ids_only_once(self):
+        model, ids = build(), OF_PROMPTS
+        expected = model.generate(prompt(), cluster_ids=ids, **GREEDY)
+        tokens, step = prompt(), {"input_ids": prompt(), "cluster_ids": ids}
+        with torch.no_grad():
+            for _ in range(GREEDY["max_new_tokens"]):
+                output = model(**step, use_cache=True)
+                new = output.logits[:, -1:].argmax(dim=-1)
+                tokens = torch.cat([tokens, new], dim=1)
+                step = {"input_ids": new, "past_key_values": output.past_key_values}
+        assert torch.equal(tokens, expected)
+
+    @pytest.mark.parametrize(
+        ("change", "rows"),
+        [
+            (lambda cache: cache.reorder_cache(torch.tensor([2, 0, 0])), [2, 0, 0]),
+            (lambda cache: cache.batch_select_indices(torch.tensor([1, 0])), [1, 0]),
+            (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+        ],
+        ids=["reorder", "select", "repeat"],
+    )
+    def test_clusters_follow_the_sequences_of_a_cache(self, change, rows):
+        model, ids, new = build(), OF_PROMPTS, torch.full((len(rows), 1), 7)
+        with torch.no_grad():
+            cache = model(prompt(), cluster_ids=ids, use_cache=True).past_key_values
+            kept = copy.deepcopy(cache)
+            change(cache)
+            found = model(new, past_key_values=cache).logits
+            expected = model(torch.cat([prompt()[rows], new], dim=1), cluster_ids=ids[rows]).logits[:, -1:]
+            torch.testing.assert_close(found, expected)
+            again = model(torch.cat([prompt(), new[:1].expand(3, 1)], dim=1), cluster_ids=ids).logits[:, -1:]
+            torch.testing.assert_close(model(new[:1].expand(3, 1), past_key_values=kept).logits, again)
+
+    @pytest.mark.parametrize("name", ["t5", "opt"])
+    def test_other_kinds_of_model_generate(self, name):
+        model = wrap(architecture(name).build())
+        ids = OF_PROMPTS
+        tokens = prompt() % 20 + 2
+        settings = {**GREEDY, "num_beams": 2}
+        together = model.generate(input_ids=tokens, cluster_ids=ids, **settings)
+        for row in range(3):
+            alone = model.generate(input_ids=tokens[row : row + 1], cluster_ids=ids[row : row + 1], **settings)
+            assert torch.equal(together[row : row + 1], alone)
+
+    def test_a_model_whose_generate_calls_its_language_model_directly(self):
+        model = wrap(architecture("blip-2").build())
+        names = {layer.name.rpartition(".")[2] for layer in layers_of(model).values()}
+        assert names == {"q_proj", "v_proj"} and blip2_config().model_type == "blip-2"
+        batch = {name: value for name, value in image_and_text().items() if name != "labels"}
+        ids = [torch.full((len(batch["input_ids"]),), cluster) for cluster in (0, 0, 4)]
+        found = [model.generate(**batch, cluster_ids=of_batch, **GREEDY) for of_batch in ids]
+        assert torch.equal(found[0], found[1]) and found[0].shape == found[2].shape
+
+
+def examples(num_rows: int = 8) -> list[dict]:
+    batch = token_batch(num_rows, num_padding=0)
+    return [{**{k: v[i].tolist() for k, v in batch.items()}, "cluster_ids": i % 6} for i in range(num_rows)]
+
+
+def spy_on_ids(model) -> list[torch.Tensor]:
+    """The ids of every forward pass, as the layers see them."""
+    seen = []
+    layer = next(iter(layers_of(model).values()))
+
+    def look(module, args):
+        seen.append(module.scopes["default"].lookup.of_running_pass(module.recorder.context).ids)
+
+    layer.register_forward_pre_hook(look)
+    return seen
+
+
+def arguments(folder, cls=TrainingArguments, **settings):
+    defaults = {"per_device_train_batch_size": 4, "max_steps": 2, "report_to": [], "use_cpu": True}
+    defaults |= {"save_strategy": "no", "train_sampling_strategy": "sequential", "disable_tqdm": True}
+    return cls(str(folder), **{**defaults, **settings})
+
+
+class TestTrainers:
+    @pytest.mark.parametrize("with_collator", [False, True], ids=["default-collator", "padding-collator"])
+    def test_the_unchanged_trainer_hands_them_over(self, tmp_path, with_collator):
+        from datasets import Dataset
+
+        model = build()
+        seen = spy_on_ids(model)
+        dataset = Dataset.from_list([{**row, "note": "to be removed"} for row in examples()])
+        collator = {"data_collator": DataCollatorWithPadding(tiny_tokenizer())} if with_collator else {}
+        trainer = Trainer(model, arguments(tmp_path), train_dataset=dataset, eval_dataset=dataset, **collator)
+        trainer.train()
+        assert [ids.tolist() for ids in seen] == [[0, 1, 2, 3], [4, 5, 0, 1]]
+        assert trainer.evaluate()["eval_loss"] > 0
+
+    def test_a_model_adapted_by_transformers_trains_too(self, tmp_path):
+        base = tiny_llama()
+        base.add_adapter(MoCLEConfig(**{**SETTINGS, "task_type": None}))
+        before = {name: p.clone() for name, p in base.named_parameters() if "mocle_B" in name}
+        Trainer(base, arguments(tmp_path, learning_rate=1e-2), train_dataset=examples()).train()
+        after = dict(base.named_parameters())
+        assert all(not torch.equal(after[name], value) for name, value in before.items())
+
+    def test_seq2seq_evaluation_generates_with_them(self, tmp_path):
+        model = wrap(architecture("t5").build())
+        rows = [{"input_ids": [i % 20 + 2 for i in row["input_ids"]], "labels": [3, 4, 5]} for row in examples(4)]
+        rows = [{**row, "cluster_ids": cluster} for cluster, row in enumerate(rows)]
+        args = arguments(tmp_path, Seq2SeqTrainingArguments, predict_with_generate=True, generation_max_length=5)
+        metrics = Seq2SeqTrainer(model, args, train_dataset=rows, eval_dataset=rows).evaluate()
+        assert metrics["eval_loss"] > 0
+
+    def test_a_wrapped_collator_keeps_them(self):
+        def collator(rows):
+            assert all(set(row) == {"input_ids"} for row in rows)
+            return {"input_ids": torch.tensor([row["input_ids"] for row in rows])}
+
+        rows = [{"input_ids": [1, 2], "cluster_ids": 3}, {"input_ids": [4, 5], "cluster_ids": [0, 2]}]
+        assert ClusterIdsCollator(collator)(rows)["cluster_ids"].tolist() == [3, 0, 2]
+        with pytest.raises(ValueError, match=r"Example 1 .* only \['input_ids'\].*add_cluster_ids"):
+            ClusterIdsCollator(collator)([rows[0], {"input_ids": [1, 2]}])
+
+    def test_expert_load_counts_examples(self):
+        model = build(top_k=2)
+        with record_expert_load(model) as load:
+            model(**token_batch(), cluster_ids=IDS)
+        counts = load.by_router()
+        assert list(counts) == [f"model.layers.{i}" for i in range(3)]
+        assert all(sum(of_router) == 4 and len(of_router) == 3 for of_router in counts.values())
+
+
+@pytest.mark.parametrize("bad", [{}, {"cluster_ids": 0.5}], ids=["missing", "float"])
+def test_a_trainer_stops_at_bad_ids_before_the_first_step(tmp_path, bad):
+    rows = [{"input_ids": row["input_ids"], "labels": row["labels"], **bad} for row in examples()]
+    model = build()
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match="cluster_ids"):
+        Trainer(model, arguments(tmp_path), train_dataset=rows).train()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))

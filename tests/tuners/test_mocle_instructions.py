@@ -73,6 +73,7 @@ THINKING = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nToday is {{ strftime_now('%d %b %Y') }}.<|im_end|>\n"
     "{% endif %}" + CHATML.replace("assistant\n{% endif", "assistant\n<think>\n\n</think>\n\n{% endif")
 )
+EACH = "{{% for message in messages %}}{{{{ {} }}}}{{% endfor %}}"
 TEMPLATES = {
     "chatml": (CHATML, ["<|im_start|>", "<|im_end|>"]),
     "llama_2": (LLAMA_2, []),
@@ -118,11 +119,8 @@ def byte_tokenizer(template: str | None = None, extra: tuple[str, ...] | list[st
 
 
 def encoded(tokenizer, chats, *, side: str = "right", add_generation_prompt: bool = False) -> dict[str, torch.Tensor]:
-    texts = [
-        tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=add_generation_prompt)
-        for chat in chats
-    ]
-    return encoded_texts(tokenizer, texts, side=side)
+    settings = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+    return encoded_texts(tokenizer, [tokenizer.apply_chat_template(c, **settings) for c in chats], side=side)
 
 
 def encoded_texts(tokenizer, texts, *, side: str = "right") -> dict[str, torch.Tensor]:
@@ -150,79 +148,71 @@ def templated(request):
     return request.param, byte_tokenizer(template, extra)
 
 
-class TestInstructionOfARawExample:
-    def test_a_text_is_its_own_instruction(self):
-        assert instruction_text("What is this?") == "What is this?"
+def of_user(content) -> list[dict]:
+    return [{"role": "user", "content": content}]
 
-    def test_layout_does_not_matter(self):
-        assert instruction_text("  What\n\nis\tthis? ") == "What is this?"
+
+PATTERN = r"USER: (.*?) ASSISTANT:"
+IMAGE = {"type": "image"}
+RAW = {
+    "a text": ("What is this?", None, "What is this?"),
+    "layout": ("  What\n\nis\tthis? ", None, "What is this?"),
+    "decomposed letters": ("cafe\u0301", None, "café"),
+    "first of a chat": ([SYSTEM, FIRST, ANSWER, SECOND], None, instruction_text(QUESTION)),
+    "parts": (
+        of_user([{"type": "text", "text": "Compare"}, IMAGE, {"type": "text", "text": "this"}]),
+        None,
+        "Compare this",
+    ),
+    "parts as datasets store them": (
+        of_user([{**IMAGE, "text": None}, {"type": "text", "text": "What?"}]),
+        None,
+        "What?",
+    ),
+    "LLaVA": ([{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}], None, "What?"),
+    "pattern": ("A chat. USER: <image>\nWhat\nis it? ASSISTANT: A cat. USER: Why? ASSISTANT:", PATTERN, "What is it?"),
+    "chats need no pattern": ([SECOND], PATTERN, "And how many?"),
+}
+
+
+class TestInstructionOfARawExample:
+    @pytest.mark.parametrize(("example", "pattern", "expected"), RAW.values(), ids=RAW)
+    def test_it_is_the_first_text_of_the_user_without_layout(self, example, pattern, expected):
+        assert instruction_text(example, instruction_pattern=pattern) == expected
 
     @pytest.mark.parametrize("placeholder", ["<image>", "<video>", "<audio>", "<image_1>", "<|image_2|>", "<image1>"])
     def test_placeholders_are_removed(self, placeholder):
         assert instruction_text(f"{placeholder}\nCompare{placeholder}them.") == "Compare them."
-
-    def test_composed_and_decomposed_letters_are_the_same(self):
-        assert instruction_text("cafe\u0301") == instruction_text("café")
-
-    def test_the_first_user_turn_of_a_chat_counts(self):
-        assert instruction_text([SYSTEM, FIRST, ANSWER, SECOND]) == instruction_text(QUESTION)
-
-    def test_parts_of_text_are_joined_and_images_separate_words(self):
-        parts = [{"type": "text", "text": "Compare"}, {"type": "image"}, {"type": "text", "text": "and this"}]
-        assert instruction_text([{"role": "user", "content": parts}]) == "Compare and this"
-
-    def test_parts_as_datasets_store_them_have_empty_texts(self):
-        parts = [{"type": "image", "text": None}, {"type": "text", "text": "What?"}]
-        assert instruction_text([{"role": "user", "content": parts}]) == "What?"
-
-    def test_conversations_of_llava_are_understood(self):
-        chat = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
-        assert instruction_text(chat) == "What?"
-
-    def test_a_pattern_finds_the_instruction_in_a_prompt(self):
-        prompt = "A chat. USER: <image>\nWhat\nis it? ASSISTANT: A cat. USER: Why? ASSISTANT:"
-        assert instruction_text(prompt, instruction_pattern=r"USER: (.*?) ASSISTANT:") == "What is it?"
-
-    def test_a_chat_does_not_need_the_pattern(self):
-        assert instruction_text([SECOND], instruction_pattern=r"USER: (.*?) ASSISTANT:") == "And how many?"
 
     @pytest.mark.parametrize(
         "example, message",
         [
             ([SYSTEM, ANSWER], r"needs a user turn.*\['system', 'assistant'\]"),
             ([], "no messages"),
-            ([{"role": "user", "content": [{"type": "image"}]}], "instruction is empty"),
+            (of_user([IMAGE]), "instruction is empty"),
             (" <image> ", "instruction is empty: ' <image> '"),
-            ([{"role": "user", "content": None}], "instruction is empty"),
+            (of_user(None), "instruction is empty"),
             (FIRST, "single message: wrap it in a list"),
             (3, "this is a int"),
             (["a", "b"], "this is a list"),
-            ([{"role": "user", "content": 3}], "content of a message .* int"),
+            (of_user(3), "content of a message .* int"),
         ],
-        ids=[
-            "no user",
-            "no turns",
-            "only an image",
-            "only a placeholder",
-            "no content",
-            "dict",
-            "int",
-            "texts",
-            "number",
-        ],
+        ids=["no user", "no turns", "only image", "placeholder", "no content", "dict", "int", "texts", "number"],
     )
     def test_what_was_found_is_named_where_there_is_no_instruction(self, example, message):
         with pytest.raises(ValueError, match=message):
             instruction_text(example)
 
-    def test_a_pattern_that_matches_nothing_is_an_error(self):
-        with pytest.raises(ValueError, match="matches nothing in 'Hello'"):
-            instruction_text("Hello", instruction_pattern="USER: (.*)")
-
     @pytest.mark.parametrize(
-        "pattern, message", [("USER: .*", "has 0 groups"), ("(a)(b)", "2 groups"), ("(", "is no regular")]
+        "pattern, message",
+        [
+            ("USER: (.*)", "matches nothing in 'Hello'"),
+            ("USER: .*", "has 0 groups"),
+            ("(a)(b)", "2 groups"),
+            ("(", "is no regular"),
+        ],
     )
-    def test_a_pattern_needs_one_group(self, pattern, message):
+    def test_a_pattern_has_to_match_and_needs_one_group(self, pattern, message):
         with pytest.raises(ValueError, match=message):
             instruction_text("Hello", instruction_pattern=pattern)
 
@@ -320,41 +310,47 @@ class TestPromptsOfChatTemplates:
         batch = encoded_texts(tokenizer, [text.replace("<image>", "[PICTURE]" * 300)])
         assert PromptReader(processor).read(**batch) == [instruction_text(chat)]
 
-    def test_a_template_without_a_mark_before_the_user_is_refused(self):
-        template = "{% for message in messages %}{{ message['content'] + eos_token }}{% endfor %}"
-        with pytest.raises(ValueError, match="nothing before the text of a user.*instruction_pattern.*cluster_ids"):
+    @pytest.mark.parametrize(
+        ("template", "message"),
+        [
+            (
+                EACH.format("message['content'] + eos_token"),
+                "nothing before the text of a user.*instruction_pattern.*cluster_ids",
+            ),
+            (
+                EACH.format("('Q: ' if message['role'] == 'user' else '') + message['content'] + '\n'"),
+                "nothing behind the text of a user.*instruction_pattern.*cluster_ids",
+            ),
+            ("{{ raise_exception('no') }}", "cannot be rendered"),
+        ],
+        ids=["nothing before", "nothing behind", "raises"],
+    )
+    def test_a_template_without_marks_is_refused(self, template, message):
+        with pytest.raises(ValueError, match=message):
             PromptReader(byte_tokenizer(template))
 
-    def test_a_template_that_always_raises_is_refused(self):
-        with pytest.raises(ValueError, match="cannot be rendered"):
-            PromptReader(byte_tokenizer("{{ raise_exception('no') }}"))
-
-    def test_a_template_with_one_turn_only_is_enough(self):
-        template = (
-            "{% if messages | length > 1 %}{{ raise_exception('one turn') }}{% endif %}"
-            "Q: {{ messages[0]['content'] }}\nA:"
-        )
+    @pytest.mark.parametrize(
+        ("template", "chats"),
+        [
+            (
+                "{% if messages | length > 1 %}{{ raise_exception('one turn') }}{% endif %}"
+                "Q: {{ messages[0]['content'] }}\nA:",
+                [[SECOND]],
+            ),
+            (
+                EACH.format("message['role'] + ': ' + message['content'] | trim + '\n'"),
+                [[SECOND], [SECOND, ANSWER, FIRST]],
+            ),
+            (
+                EACH.format("'[' + message['role'] + ': ' + message['content'] + ']'"),
+                [[SECOND], [SYSTEM, SECOND], [SECOND, ANSWER, FIRST]],
+            ),
+        ],
+        ids=["one turn only", "no generation prompt", "a turn closed by less at the end than before an answer"],
+    )
+    def test_a_simple_template_is_enough(self, template, chats):
         tokenizer = byte_tokenizer(template)
-        assert PromptReader(tokenizer).read(**encoded(tokenizer, [[SECOND]])) == ["And how many?"]
-
-    def test_a_template_that_knows_no_generation_prompt_is_split_where_answers_begin(self):
-        template = (
-            "{% for message in messages %}{{ message['role'] + ': ' + message['content'] | trim + '\n' }}{% endfor %}"
-        )
-        tokenizer = byte_tokenizer(template)
-        batch = encoded(tokenizer, [[SECOND], [SECOND, ANSWER, FIRST]])
-        assert PromptReader(tokenizer).read(**batch) == ["And how many?"] * 2
-
-    def test_a_turn_that_ends_a_text_may_be_closed_by_less_than_one_before_an_answer(self):
-        template = "{% for message in messages %}[{{ message['role'] }}: {{ message['content'] }}]{% endfor %}"
-        tokenizer = byte_tokenizer(template)
-        batch = encoded(tokenizer, [[SECOND], [SYSTEM, SECOND], [SECOND, ANSWER, FIRST]])
-        assert PromptReader(tokenizer).read(**batch) == ["And how many?"] * 3
-
-    def test_a_template_without_a_mark_behind_the_user_is_refused(self):
-        template = "{% for message in messages %}{{ 'Q: ' + message['content'] + '\n' }}{% endfor %}"
-        with pytest.raises(ValueError, match="nothing behind the text of a user.*instruction_pattern.*cluster_ids"):
-            PromptReader(byte_tokenizer(template.replace("'Q: ' +", "('Q: ' if message['role'] == 'user' else '') +")))
+        assert PromptReader(tokenizer).read(**encoded(tokenizer, chats)) == ["And how many?"] * len(chats)
 
     def test_the_system_prompt_of_a_template_may_have_changed_since(self):
         _, extra = TEMPLATES["thinking"]
@@ -390,27 +386,19 @@ class TestPromptsWithoutTemplate:
         batch = with_answers_labelled(tokenizer, ["What is it?", "Why?"], [" A cat.</s>", " Because of it.</s>"])
         assert PromptReader(tokenizer).read(**batch) == ["What is it?", "Why?"]
 
-    def test_labels_on_everything_or_on_all_but_the_start_token_leave_the_whole_text(self):
+    @pytest.mark.parametrize("first_label", [0, 1, None], ids=["everything", "all but the start token", "nothing"])
+    def test_labels_that_leave_no_prompt_leave_the_whole_text(self, first_label):
         tokenizer = byte_tokenizer()
         batch = encoded_texts(tokenizer, ["<s>What is it? A cat."])
         labels = batch["input_ids"].clone()
-        reader = PromptReader(tokenizer)
-        assert reader.read(**batch, labels=labels) == ["What is it? A cat."]
-        labels[:, 0] = -100
-        assert reader.read(**batch, labels=labels) == ["What is it? A cat."]
-
-    def test_labels_on_nothing_leave_the_whole_text(self):
-        tokenizer = byte_tokenizer()
-        batch = encoded_texts(tokenizer, ["What is it?"])
-        labels = torch.full_like(batch["input_ids"], -100)
-        assert PromptReader(tokenizer).read(**batch, labels=labels) == ["What is it?"]
+        labels[:, :first_label] = -100
+        assert PromptReader(tokenizer).read(**batch, labels=labels) == ["What is it? A cat."]
 
     def test_a_pattern_reads_the_same_from_tokens_and_from_text(self):
         tokenizer = byte_tokenizer()
-        pattern = r"USER: (.*?) ASSISTANT:"
         prompts = [f"<s>A chat. USER: {IMAGE_TOKENS}\nWhat is it? ASSISTANT: A cat.</s>", "USER: Why? ASSISTANT:"]
-        read = PromptReader(tokenizer, instruction_pattern=pattern).read(**encoded_texts(tokenizer, prompts))
-        assert read == [instruction_text(prompt, instruction_pattern=pattern) for prompt in prompts]
+        read = PromptReader(tokenizer, instruction_pattern=PATTERN).read(**encoded_texts(tokenizer, prompts))
+        assert read == [instruction_text(prompt, instruction_pattern=PATTERN) for prompt in prompts]
         assert read == ["What is it?", "Why?"]
 
     def test_a_pattern_goes_before_the_template_and_does_not_see_the_answer(self):

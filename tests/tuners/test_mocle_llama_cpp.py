@@ -26,10 +26,7 @@ from pretrained import smollm2_path  # noqa: E402
 NUM_TOKENS = 32
 PROMPT = "Write a short story about a dog."
 # target_modules, and how wide B is drawn: enough to change the text, and it stays a text
-TARGETS = {
-    "default": (None, 0.06),
-    "rotated_attention": (["q_proj", "k_proj", "v_proj", "o_proj"], 0.02),
-}
+TARGETS = {"default": (None, 0.06), "rotated_attention": (["q_proj", "k_proj", "v_proj", "o_proj"], 0.02)}
 
 
 def write_base(folder: Path, output: Path) -> Path:
