@@ -78,7 +78,7 @@ test-assets: assets
 	@$(BIN)/python tests/upstream/fetch.py
 	@$(BIN)/python tests/distributed/fetch_deepspeed.py
 
-test: test-assets  ## the tests that need no GPU, in about 12 minutes on two cores
+test: test-assets  ## the tests that need no GPU, in less than 20 minutes on two cores
 	@$(PYTEST) -m "not gpu and not exhaustive" -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-fast: $(INSTALLED)  ## the tests that take no more than a few seconds each
